@@ -1,0 +1,45 @@
+"""XCiT, the Cross-Covariance Image Transformer, on current PyTorch.
+
+The names below are the public verbs. They are resolved on first use, so that ``import xcit`` stays instant: torch is
+imported by the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from xcit.errors import XCiTError as XCiTError
+    from xcit.inference.predictor import Predictor as Predictor
+    from xcit.models.factory import create_model as create_model
+    from xcit.models.factory import from_timm as from_timm
+    from xcit.models.factory import list_models as list_models
+    from xcit.models.weights import load_checkpoint as load_checkpoint
+    from xcit.models.weights import save_checkpoint as save_checkpoint
+    from xcit.models.xcit import XCiT as XCiT
+
+_HOME = {
+    "XCiTError": "xcit.errors",
+    "Predictor": "xcit.inference.predictor",
+    "create_model": "xcit.models.factory",
+    "from_timm": "xcit.models.factory",
+    "list_models": "xcit.models.factory",
+    "load_checkpoint": "xcit.models.weights",
+    "save_checkpoint": "xcit.models.weights",
+    "XCiT": "xcit.models.xcit",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'xcit' has no attribute {name!r}; it has: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Measurements: one timer, the cases, the writer of tables."""

@@ -1,0 +1,1 @@
+"""Equations: tensors in, tensors out, no parameters and no state."""

@@ -1,0 +1,1 @@
+"""A model plus a batch gives a loss and logs: one LightningModule a task."""
