@@ -1,0 +1,360 @@
+"""Cross-covariance attention (XCA): attention over channels, linear in the number of tokens.
+
+Legend: B batch, N tokens, C channels, h heads, d = C / h head_dim.
+
+One image's tokens X (N, C) give q, k, v = X W_q^T + b_q, ... (N, C each), split into h heads of d channels. Per head
+
+    A = softmax(t * q̂^T k̂)          (d, d)    q̂, k̂: q, k with every channel L2-normalised over the N tokens
+    y = (A v^T)^T                    (N, d)
+    out = concat_heads(y) P^T + p    (N, C)
+
+Two exact forms of the same function stand below. ``xca_tokens`` is that definition, line by line. ``xca_covariance``
+re-associates it: XCA needs only the first two moments of X, so q, k and v never exist (see its docstring).
+``xca`` chooses between them by ``choose_form``.
+
+Source: El-Nouby et al., "XCiT: Cross-Covariance Image Transformers", NeurIPS 2021, section 3.2, equation 2.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from xcit.errors import ConfigError, ShapeError
+
+Form = Literal["auto", "tokens", "covariance"]
+FORMS: tuple[str, ...] = get_args(Form)
+
+NORM_EPS = 1e-12
+"""Smallest norm that q and k are divided by, as in ``torch.nn.functional.normalize``, which the released code calls."""
+
+
+class XCAWeights(NamedTuple):
+    """The parameters of one XCA layer, as they stand in the released checkpoints."""
+
+    qkv_weight: Float[Tensor, "qkv channels"]
+    """W_q, W_k, W_v stacked: (3C, C)."""
+    qkv_bias: Float[Tensor, " qkv"] | None
+    """b_q, b_k, b_v stacked: (3C,)."""
+    proj_weight: Float[Tensor, "channels channels"]
+    """P: (C, C)."""
+    proj_bias: Float[Tensor, " channels"] | None
+    """p: (C,)."""
+    temperature: Float[Tensor, "heads 1 1"]
+    """t of each head. The cosines are multiplied by it, as in the released code (the paper divides by tau = 1 / t)."""
+
+
+def xca(
+    x: Float[Tensor, "batch tokens channels"],
+    weights: XCAWeights,
+    *,
+    form: Form = "auto",
+    attn_drop: float = 0.0,
+) -> Float[Tensor, "batch tokens channels"]:
+    """Cross-covariance attention, in the form that is asked for or that costs less.
+
+    Args:
+        x: layer-normed tokens.
+        weights: the layer's parameters; the number of heads is that of ``weights.temperature``.
+        form: "tokens" (the definition), "covariance" (its re-association), or "auto": ``choose_form`` decides from
+            the sizes. Under symbolic sizes (``torch.export`` or ``torch.compile`` with dynamic shapes) "auto" means
+            "tokens"; name the other form to have it there.
+        attn_drop: probability with which an entry of A is dropped and the others are scaled up; both forms drop the
+            same entries for the same seed.
+
+    Returns:
+        Tokens of the same shape; their dtype is that of ``x``, or autocast's.
+
+    Raises:
+        ShapeError: x is not (B, N, C) with the weights' C, or C is not a multiple of the number of heads.
+        ConfigError: the form is unknown.
+
+    Source: section 3.2, equation 2.
+    """
+    _check(x, weights, form)
+    if form == "auto":
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.qkv_weight.requires_grad)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        form = choose_form(
+            num_tokens=x.shape[1],
+            embed_dim=x.shape[2],
+            num_heads=weights.temperature.shape[0],
+            batch_size=x.shape[0],
+            dtype=dtype,
+            device_type=x.device.type,
+            needs_grad=needs_grad,
+        )
+    if _observer is not None:
+        _observer.append(form)
+    return (xca_covariance if form == "covariance" else xca_tokens)(x, weights, attn_drop=attn_drop)
+
+
+def xca_tokens(
+    x: Float[Tensor, "batch tokens channels"], weights: XCAWeights, *, attn_drop: float = 0.0
+) -> Float[Tensor, "batch tokens channels"]:
+    """The definition: q, k and v of every token, channel-to-channel cosines, softmax, values mixed across channels.
+
+    Norms, cosines and the softmax are computed in float32 where the tokens are bfloat16 or float16: a sum of N squares
+    overflows float16, and its epsilon is zero there.
+
+    Cost: 4 N C^2 + 2 N C d multiply-adds an image forward, twice that backward; q, k, v, q̂, k̂ and y are materialised.
+    """
+    q_weight, q_bias, proj_weight, proj_bias, temperature = weights
+    h = temperature.shape[0]
+    qkv = F.linear(x, q_weight, q_bias)
+    q, k, v = qkv.unflatten(-1, (3, h, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # each (B, h, d, N)
+    cosines = _l2_normalize(q) @ _l2_normalize(k).transpose(-2, -1)  # (B, h, d, d)
+    logits = _at_least_float32(cosines) * temperature
+    attn = _dropout(logits.softmax(dim=-1), attn_drop)
+    y = attn.to(v.dtype) @ v  # (B, h, d, N)
+    return F.linear(y.permute(0, 3, 1, 2).flatten(2), proj_weight, proj_bias)
+
+
+def xca_covariance(
+    x: Float[Tensor, "batch tokens channels"], weights: XCAWeights, *, attn_drop: float = 0.0
+) -> Float[Tensor, "batch tokens channels"]:
+    """The same function from the tokens' mean and centred second moment; q, k and v never exist.
+
+    With mu = mean_n X_n, C = sum_n (X_n - mu)(X_n - mu)^T and u = W mu + b:
+
+        q^T k   = W_q C W_k^T + N u_q u_k^T               per head
+        |q_j|^2 = (W_q C W_q^T)_jj + N u_q,j^2            both terms non-negative; likewise k
+        A       = softmax(t * q^T k / (|q| |k|^T))
+        M       = P blockdiag(A) W_v
+        out     = (X - mu) M^T + P blockdiag(A) u_v + p
+
+    Centring is what keeps it accurate: a common offset of the tokens would otherwise cancel in C. The products with N
+    or C^3 in their cost run in the tokens' precision (at least float32); mu, u, the norms and A, which are small, in
+    float64, so that offsets of hundreds of standard deviations cost no accuracy. The whole is differentiable, twice
+    too, and its intermediates are what autograd saves: X - mu and about five (C, C) matrices an image.
+
+    Cost: 2 N C^2 + 3 C^3 + 2 C^2 d multiply-adds an image forward, 3 N C^2 + 6 C^3 + 4 C^2 d backward.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return _xca_covariance(x, weights, attn_drop)
+    return _xca_covariance(x, weights, attn_drop)
+
+
+def _xca_covariance(x: Tensor, weights: XCAWeights, attn_drop: float) -> Tensor:
+    N, C = x.shape[1:]
+    h = weights.temperature.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)  # of everything whose cost has N or C^3 in it
+    fine = torch.float64 if x.device.type != "mps" else wide  # of what is small; MPS has no float64
+
+    qkv_weight = weights.qkv_weight.to(wide)
+    qk_weight, v_weight = qkv_weight[: 2 * C], qkv_weight[2 * C :]
+    k_weight = qk_weight[C:].unflatten(0, (h, -1))  # (h, d, C)
+    proj_weight = weights.proj_weight.to(wide)
+
+    # First and second moment. The tokens are centred on the mean as their own dtype can hold it (`center`), the
+    # offsets of q and k are taken at the unrounded mean: the two differ by less than C's own rounding.
+    mean = x.mean(dim=1, dtype=fine)  # (B, C)
+    center = mean.to(x.dtype)
+    xc = x - center.unsqueeze(1)
+    moment = second_moment(xc)  # (B, C, C)
+
+    offset = _offset(mean, weights.qkv_weight[: 2 * C], _part(weights.qkv_bias, slice(None, 2 * C)))  # (B, 2C)
+    v_offset = _offset(center.to(fine), weights.qkv_weight[2 * C :], _part(weights.qkv_bias, slice(2 * C, None)))
+
+    projected = qk_weight @ moment  # (B, 2C, C): W_q C and W_k C
+    squared_norms = (projected * qk_weight).sum(-1).to(fine) + N * offset.square()
+    # clamp before the root: the same floor as max(norm, eps), and a finite gradient at a norm of zero
+    norms = squared_norms.clamp_min(NORM_EPS**2).sqrt()
+    q_norm, k_norm = norms.unflatten(-1, (2, h, -1)).unbind(1)  # each (B, h, d)
+    q_offset, k_offset = offset.unflatten(-1, (2, h, -1)).unbind(1)
+    gram = (projected[:, :C].unflatten(1, (h, -1)) @ k_weight.transpose(-2, -1)).to(fine)  # (B, h, d, d)
+    gram = gram + N * q_offset.unsqueeze(-1) * k_offset.unsqueeze(-2)
+    # a cosine leaves [-1, 1] only by rounding, which N = 1 or 2 can blow up
+    cosines = (gram / (q_norm.unsqueeze(-1) * k_norm.unsqueeze(-2))).clamp(-1, 1)
+    attn = _dropout((cosines * weights.temperature).softmax(dim=-1).to(wide), attn_drop)
+
+    # One (C, C) map an image, applied to the centred tokens.
+    proj_attn = proj_weight.unflatten(1, (h, -1)).transpose(0, 1) @ attn  # (B, h, C, d)
+    proj_attn = proj_attn.transpose(1, 2).flatten(2)  # (B, C, C)
+    mixing = (proj_attn @ v_weight).to(x.dtype)
+    bias = (proj_attn @ v_offset.to(wide).unsqueeze(-1)).squeeze(-1)
+    if weights.proj_bias is not None:
+        bias = bias + weights.proj_bias
+    return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), xc, mixing.transpose(-2, -1))
+
+
+def second_moment(xc: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch channels channels"]:
+    """Sum over the tokens of their outer products, X^T X, accumulated and stored in float32 at least.
+
+    Rounding C to bfloat16 would lose what the projections cancel, and float16 would overflow near 65,000 tokens.
+
+    Returns:
+        (B, C, C), symmetric; float64 for float64 tokens, else float32.
+
+    Cost: N C^2 multiply-adds forward and (its gradient being symmetric too) N C^2 backward, where differentiating the
+    plain product would cost twice that.
+    """
+    return (_SecondMoment if torch.compiler.is_compiling() else _SecondMomentForwardAD).apply(xc)
+
+
+class _SecondMoment(torch.autograd.Function):
+    """X -> X^T X with the gradient X (G + G^T): one product with N in its cost instead of two."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _wide_bmm(x.transpose(-2, -1), x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (x.to(grads[0].dtype) @ (grads[0] + grads[0].transpose(-2, -1))).to(x.dtype)
+
+
+class _Offset(torch.autograd.Function):
+    """mu W^T + b in mu's precision, saving W as it is: autograd would keep a float64 copy of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        mean, weight, bias = inputs
+        ctx.save_for_backward(mean, weight)
+        ctx.save_for_forward(mean, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        mean, weight = ctx.saved_tensors
+        (grad,) = grads
+        grad_bias = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        return grad @ weight.to(grad.dtype), (grad.transpose(0, 1) @ mean).to(weight.dtype), grad_bias
+
+
+# Dynamo traces no Function that defines a jvp, so what is compiled goes without forward-mode derivatives.
+
+
+class _SecondMomentForwardAD(_SecondMoment):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        half = _wide_bmm(x.transpose(-2, -1), tangents[0])
+        return half + half.transpose(-2, -1)
+
+
+class _OffsetForwardAD(_Offset):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        mean, weight = ctx.saved_tensors
+        d_mean, d_weight, d_bias = tangents
+        tangent = torch.zeros_like(mean[:, :1]) * weight[:, 0].to(mean.dtype)
+        if d_mean is not None:
+            tangent = tangent + F.linear(d_mean, weight.to(mean.dtype))
+        if d_weight is not None:
+            tangent = tangent + F.linear(mean, d_weight.to(mean.dtype))
+        return tangent if d_bias is None else tangent + d_bias.to(mean.dtype)
+
+
+def _offset(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return (_Offset if torch.compiler.is_compiling() else _OffsetForwardAD).apply(mean, weight, bias)
+
+
+def _wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with float32 sums and a float32 result where the factors are bfloat16 or float16."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # no other device returns float32 from half-precision factors
+
+
+def _l2_normalize(x: Tensor) -> Tensor:
+    wide = _at_least_float32(x)
+    return (wide / wide.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)).to(x.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _dropout(attn: Tensor, p: float) -> Tensor:
+    return F.dropout(attn, p) if p > 0 else attn
+
+
+def _part(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]
+
+
+def _check(x: Tensor, weights: XCAWeights, form: str) -> None:
+    if form not in FORMS:
+        raise ConfigError(f"form is {form!r}; XCA has the forms {', '.join(FORMS)}.")
+    C, h = weights.proj_weight.shape[0], weights.temperature.shape[0]
+    if x.ndim != 3 or x.shape[-1] != C:
+        raise ShapeError(
+            f"XCA takes tokens of shape (batch, tokens, {C}), as wide as its weights; got {tuple(x.shape)}."
+        )
+    if C % h:
+        raise ShapeError(f"{C} channels cannot be split into {h} heads of equal size; take a divisor of {C}.")
+
+
+# --- the choice between the forms -------------------------------------------------------------------------------------
+
+
+def multiply_adds(form: Form, *, num_tokens: int, embed_dim: int, num_heads: int, needs_grad: bool = False) -> float:
+    """Multiply-adds of one image through one XCA layer, forward (and backward when ``needs_grad``)."""
+    N, C, d = num_tokens, embed_dim, embed_dim / num_heads
+    if form == "tokens":
+        return (4 * N * C**2 + 2 * N * C * d) * (3 if needs_grad else 1)
+    if form == "covariance":
+        forward = 2 * N * C**2 + 3 * C**3 + 2 * C**2 * d
+        return forward + (3 * N * C**2 + 6 * C**3 + 4 * C**2 * d if needs_grad else 0)
+    raise ConfigError(f"form is {form!r}; multiply-adds are those of 'tokens' or of 'covariance'.")
+
+
+def choose_form(
+    *,
+    num_tokens: int,
+    embed_dim: int,
+    num_heads: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    needs_grad: bool,
+) -> Literal["tokens", "covariance"]:
+    """The form of XCA that costs less at these sizes."""
+    N, C, d = num_tokens, embed_dim, embed_dim / num_heads
+    crossover = 1.5 * C
+    return "covariance" if statically_known_true(crossover < N) else "tokens"
+
+
+_observer: list[str] | None = None
+
+
+@contextmanager
+def observe_forms() -> Iterator[list[str]]:
+    """Record which form every call of ``xca`` ran, in order.
+
+    Example:
+        >>> with observe_forms() as forms:
+        ...     model(images)
+        >>> set(forms)
+        {'tokens'}
+    """
+    global _observer
+    outer, _observer = _observer, []
+    try:
+        yield _observer
+    finally:
+        _observer = outer
