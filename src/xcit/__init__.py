@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from xcit.models.factory import create_model as create_model
     from xcit.models.factory import from_timm as from_timm
     from xcit.models.factory import list_models as list_models
+    from xcit.models.hub import push_to_hub as push_to_hub
     from xcit.models.weights import load_checkpoint as load_checkpoint
     from xcit.models.weights import save_checkpoint as save_checkpoint
     from xcit.models.xcit import XCiT as XCiT
@@ -27,6 +28,7 @@ _HOME = {
     "create_model": "xcit.models.factory",
     "from_timm": "xcit.models.factory",
     "list_models": "xcit.models.factory",
+    "push_to_hub": "xcit.models.hub",
     "load_checkpoint": "xcit.models.weights",
     "save_checkpoint": "xcit.models.weights",
     "XCiT": "xcit.models.xcit",

@@ -175,6 +175,28 @@ def test_it_trains_and_every_parameter_gets_a_gradient(tokens_norm: bool) -> Non
     assert unused == []
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_gradients_of_the_stem_are_those_of_finite_differences(randomize, batch_size: int, patch_size: int) -> None:
+    """Not timm's: on the CPU its own are wrong for a single image in training (see ``_to_tokens``)."""
+    for training in (False, True):
+        model = randomize(XCiT(patch_size=patch_size, **TINY | {"depth": 1})).double().train(training)
+        x, upstream = torch.randn(batch_size, 3, 64, 80).double(), torch.randn(batch_size, 5).double()
+        (model(x) * upstream).sum().backward()
+        for name, p in model.named_parameters():
+            if not name.startswith(("patch_embed", "blocks.0.local_mp", "pos_embeder")):
+                continue
+            flat = p.detach().view(-1)
+            i = int(p.grad.abs().argmax())
+            losses = []
+            for step in (1e-5, -2e-5):
+                flat[i] += step
+                losses.append((model(x) * upstream).sum().item())
+            flat[i] += 1e-5
+            numeric = (losses[0] - losses[1]) / 2e-5
+            assert p.grad.view(-1)[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-7), name
+
+
 # --- timm's verbs ---------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from torchvision.ops import StochasticDepth
 
 from xcit.errors import ConfigError, ShapeError
 from xcit.ops.position import fourier_position
-from xcit.ops.xca import FORMS, Form, XCAWeights, xca
+from xcit.ops.xca import XCAWeights, xca
+from xcit.ops.xca_form import FORMS, Form
 
 NORM_EPS = 1e-6  # of every LayerNorm in the released models
 STEM_WIDTHS = {16: (8, 4, 2, 1), 8: (4, 2, 1)}
@@ -65,7 +66,7 @@ class ConvPatchEmbed(nn.Module):
         # A channels-last map is a contiguous sequence of tokens. The residual stream keeps the layout that it starts
         # with, and every norm would copy a transposed one.
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        return _to_tokens(x), (x.shape[2], x.shape[3])
 
 
 class PositionalEncodingFourier(nn.Module):
@@ -84,7 +85,7 @@ class PositionalEncodingFourier(nn.Module):
         weight = self.token_projection.weight
         features = fourier_position(height, width, hidden_dim=self.hidden_dim, device=weight.device)
         encoding = self.token_projection(features.to(weight.dtype).permute(2, 0, 1).unsqueeze(0))
-        return encoding.flatten(2).transpose(1, 2)
+        return _to_tokens(encoding)
 
 
 class XCA(nn.Module):
@@ -142,9 +143,8 @@ class LPI(nn.Module):
     ) -> Float[Tensor, "batch tokens channels"]:
         """Convolve the (height, width) grid of tokens."""
         # The tokens' own layout is a channels-last image: no copy here, nor on the way back.
-        x = x.transpose(1, 2).unflatten(2, (height, width))
-        x = self.conv2(self.bn(self.act(self.conv1(x))))
-        return x.flatten(2).transpose(1, 2)
+        x = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return _to_tokens(self.conv2(self.bn(self.act(self.conv1(x)))))
 
 
 class Mlp(nn.Module):
@@ -285,6 +285,15 @@ class ClassAttentionBlock(nn.Module):
         # not in place: the released nano could not be trained for that
         x = self.norm2(x) if self.tokens_norm else torch.cat((self.norm2(x[:, :1]), x[:, 1:]), dim=1)
         return x + torch.cat((self.gamma2 * self.mlp(x[:, :1]), x[:, 1:]), dim=1)
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """Map (B, C, H, W) to tokens (B, H * W, C), for free where it is channels-last.
+
+    Not ``flatten(2).transpose(1, 2)``: for a single channels-first image that gives its gradient a stride which torch's
+    batch norm on the CPU misreads, and every gradient before it comes out wrong, silently (torch 2.15).
+    """
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _conv_bn(in_chans: int, out_chans: int) -> nn.Sequential:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xcit.errors import ConfigError
-from xcit.models.layers import NORM_EPS, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock
-from xcit.ops.xca import FORMS, Form
+from xcit.models.layers import NORM_EPS, XCA, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock
+from xcit.ops.xca_form import FORMS, Form
 
 POOLS = ("token", "avg")
 
@@ -239,6 +239,7 @@ class XCiT(nn.Module):
         *earlier, last = self.cls_attn_blocks
         for block in earlier:
             tokens = self._run(block, tokens)
+        assert isinstance(last, ClassAttentionBlock)
         return last.attn.attention(last.norm1(tokens))[:, :, 1:].unflatten(2, (Hp, Wp))
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -276,6 +277,8 @@ class XCiT(nn.Module):
         if num_classes < 0:
             raise ConfigError(f"num_classes is {num_classes}; it must be 0 (features) or more.")
         self.num_classes = self.config["num_classes"] = num_classes
+        if self.pretrained_cfg:  # the names are those of the former head's classes
+            self.pretrained_cfg = self.pretrained_cfg | {"class_names": None, "label_set": None}
         head = _head(self.embed_dim, num_classes)
         _init_weights(head)
         self.head = head.to(self.cls_token.device, self.cls_token.dtype).train(self.training)
@@ -289,8 +292,9 @@ class XCiT(nn.Module):
         if form not in FORMS:
             raise ConfigError(f"attn_form is {form!r}; XCA has the forms {', '.join(FORMS)}.")
         self.config["attn_form"] = form
-        for block in self.blocks:
-            block.attn.form = form
+        for module in self.modules():
+            if isinstance(module, XCA):
+                module.form = form
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the released training kept from weight decay by name.

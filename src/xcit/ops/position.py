@@ -27,7 +27,8 @@ def fourier_position(
     and nothing is interpolated. Feature 2i is sin(y / T^(2i/D)), feature 2i+1 the cosine; columns likewise.
 
     Args:
-        height, width: the patch grid.
+        height: rows of the patch grid.
+        width: its columns.
         hidden_dim: features of the rows, and of the columns; even.
         temperature: T.
         device: where the result lives.

@@ -10,25 +10,22 @@ One image's tokens X (N, C) give q, k, v = X W_q^T + b_q, ... (N, C each), split
 
 Two exact forms of the same function stand below. ``xca_tokens`` is that definition, line by line. ``xca_covariance``
 re-associates it: XCA needs only the first two moments of X, so q, k and v never exist (see its docstring).
-``xca`` chooses between them by ``choose_form``.
+``xca`` chooses between them by cost (``xcit.ops.xca_form``).
 
 Source: El-Nouby et al., "XCiT: Cross-Covariance Image Transformers", NeurIPS 2021, section 3.2, equation 2.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from xcit.errors import ConfigError, ShapeError
-
-Form = Literal["auto", "tokens", "covariance"]
-FORMS: tuple[str, ...] = get_args(Form)
+from xcit.ops.xca_form import FORMS, Form, choose_form
 
 NORM_EPS = 1e-12
 """Smallest norm that q and k are divided by, as in ``torch.nn.functional.normalize``, which the released code calls."""
@@ -307,36 +304,6 @@ def _check(x: Tensor, weights: XCAWeights, form: str) -> None:
         )
     if C % h:
         raise ShapeError(f"{C} channels cannot be split into {h} heads of equal size; take a divisor of {C}.")
-
-
-# --- the choice between the forms -------------------------------------------------------------------------------------
-
-
-def multiply_adds(form: Form, *, num_tokens: int, embed_dim: int, num_heads: int, needs_grad: bool = False) -> float:
-    """Multiply-adds of one image through one XCA layer, forward (and backward when ``needs_grad``)."""
-    N, C, d = num_tokens, embed_dim, embed_dim / num_heads
-    if form == "tokens":
-        return (4 * N * C**2 + 2 * N * C * d) * (3 if needs_grad else 1)
-    if form == "covariance":
-        forward = 2 * N * C**2 + 3 * C**3 + 2 * C**2 * d
-        return forward + (3 * N * C**2 + 6 * C**3 + 4 * C**2 * d if needs_grad else 0)
-    raise ConfigError(f"form is {form!r}; multiply-adds are those of 'tokens' or of 'covariance'.")
-
-
-def choose_form(
-    *,
-    num_tokens: int,
-    embed_dim: int,
-    num_heads: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    needs_grad: bool,
-) -> Literal["tokens", "covariance"]:
-    """The form of XCA that costs less at these sizes."""
-    N, C, d = num_tokens, embed_dim, embed_dim / num_heads
-    crossover = 1.5 * C
-    return "covariance" if statically_known_true(crossover < N) else "tokens"
 
 
 _observer: list[str] | None = None
