@@ -1,0 +1,200 @@
+"""The competitors of a case: timm's module and ours with the same weights, the same input and the same step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcit.bench.cases import BackboneCase, Case, Mode, XCACase
+from xcit.models.factory import from_timm
+from xcit.models.layers import XCA
+
+SEED = 2106
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One competitor.
+
+    Args:
+        name: "timm", or the form of XCA that ours is asked for; with " compiled" after it under torch.compile.
+        module: whose parameters and gradients are looked at.
+        step: what is measured; returns the output.
+        clear: drops what a step leaves behind, so that the next one starts as the first did.
+    """
+
+    name: str
+    module: nn.Module
+    step: Callable[[], Tensor]
+    clear: Callable[[], None]
+
+    @property
+    def shows_form(self) -> bool:
+        """Whether a step tells which form of XCA ran: timm's has one, and a compiled graph does not tell."""
+        return not (self.name.startswith("timm") or self.name.endswith("compiled"))
+
+    def evidence(self) -> dict[str, Tensor]:
+        """The output of one step and the gradients it left, by parameter; what competitors are compared by."""
+        self.clear()
+        evidence = {"output": self.step().detach().clone()}
+        evidence |= {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
+        self.clear()
+        return evidence
+
+
+def build(
+    case: Case, names: tuple[str, ...], *, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> list[Contender]:
+    """Make a case's competitors.
+
+    Args:
+        case: sizes and mode.
+        names: "timm" and forms of XCA.
+        device: where they run.
+        dtype: of weights and input.
+        compiled: add each of timm and "auto" under torch.compile as well.
+
+    Returns:
+        In the order of ``names``, the compiled ones last. All have equal weights, every one of them random (LayerScale,
+        temperatures and batch-norm statistics too), so that a difference anywhere shows in the outputs.
+    """
+    torch.manual_seed(SEED)
+    modules = _xca_modules(case, names) if isinstance(case, XCACase) else _backbone_modules(case, names)
+    contenders = []
+    for name, module in modules.items():
+        module.to(device=device, dtype=dtype).train(case.mode == "training")
+        contenders.append(_contender(name, module, module, case, device, dtype))
+    if compiled:
+        for name in ("timm", "auto"):
+            # a copy: training steps move the weights, and the pair would move the same ones
+            module = copy.deepcopy(modules[name])
+            contenders.append(_contender(f"{name} compiled", module, torch.compile(module), case, device, dtype))
+    return contenders
+
+
+def randomize(module: nn.Module) -> None:
+    """Give every parameter and every batch-norm statistic a random value of a size that keeps activations near one."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith("temperature"):
+                p.uniform_(0.5, 2.0)
+            elif "gamma" in name:
+                p.uniform_(0.2, 0.8)
+            elif name.endswith("bias"):
+                p.normal_(std=0.2)
+            elif p.ndim == 1:  # the scale of a norm
+                p.normal_(mean=1.0, std=0.2)
+            else:
+                p.normal_(std=p[0].numel() ** -0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.2)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+
+
+def _xca_modules(case: XCACase, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    from timm.models import xcit as timm_xcit
+
+    reference = timm_xcit.XCA(case.embed_dim, num_heads=case.num_heads, qkv_bias=True)
+    randomize(reference)
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        if name == "timm":
+            modules[name] = reference
+            continue
+        modules[name] = XCA(case.embed_dim, case.num_heads, form=name)  # type: ignore[arg-type]
+        modules[name].load_state_dict(reference.state_dict())
+    return modules
+
+
+def _backbone_modules(case: BackboneCase, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    import timm
+
+    reference = timm.create_model(f"{case.architecture}_224", pretrained=False)
+    randomize(reference)
+    modules: dict[str, nn.Module] = {}
+    for name in names:
+        if name == "timm":
+            modules[name] = reference
+            continue
+        model = from_timm(reference)
+        model.set_attn_form(name)  # type: ignore[arg-type]
+        modules[name] = model
+    return modules
+
+
+def _contender(
+    name: str, module: nn.Module, call: Callable[..., Any], case: Case, device: torch.device, dtype: torch.dtype
+) -> Contender:
+    # every competitor draws its input from the same seed: equal, but with gradients of its own
+    draw = torch.Generator().manual_seed(SEED)
+    shape = (
+        (case.batch_size, case.num_tokens, case.embed_dim)
+        if isinstance(case, XCACase)
+        else (case.batch_size, 3, case.image_size, case.image_size)
+    )
+    x = torch.randn(shape, generator=draw).to(device, dtype)
+    make: Callable[..., Callable[[], Tensor]] = _STEPS[type(case), case.mode]
+
+    def clear() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return Contender(name, module, make(module, call, x, draw, clear), clear)
+
+
+def _inference(
+    module: nn.Module, call: Callable[..., Any], x: Tensor, draw: torch.Generator, clear: Callable[[], None]
+) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return call(x)
+
+    return step
+
+
+def _layer_training(
+    module: nn.Module, call: Callable[..., Any], x: Tensor, draw: torch.Generator, clear: Callable[[], None]
+) -> Callable[[], Tensor]:
+    x.requires_grad_()
+    cotangent = torch.randn(x.shape, generator=draw).to(x)
+
+    def step() -> Tensor:
+        clear()
+        y = call(x)
+        y.backward(cotangent)
+        return y
+
+    return step
+
+
+def _backbone_training(
+    module: nn.Module, call: Callable[..., Any], x: Tensor, draw: torch.Generator, clear: Callable[[], None]
+) -> Callable[[], Tensor]:
+    labels = torch.randint(1000, (x.shape[0],), generator=draw).to(x.device)
+    # a rate so small that a hundred steps leave the weights' size, and so the arithmetic, as it was
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-7)
+
+    def step() -> Tensor:
+        clear()
+        logits = call(x)
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        return logits
+
+    return step
+
+
+_STEPS: dict[tuple[type, Mode], Callable[..., Callable[[], Tensor]]] = {
+    (XCACase, "inference"): _inference,
+    (XCACase, "training"): _layer_training,
+    (BackboneCase, "inference"): _inference,
+    (BackboneCase, "training"): _backbone_training,
+}
