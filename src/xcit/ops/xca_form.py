@@ -28,8 +28,8 @@ class Overheads:
 
 
 CPU_OVERHEADS = {
-    False: Overheads(token=334, call=5.1e7, weight=1260),
-    True: Overheads(token=366, call=8.9e7, weight=2540),
+    False: Overheads(token=334.0, call=5.1e7, weight=1260.0),
+    True: Overheads(token=366.0, call=8.9e7, weight=2540.0),
 }
 """By whether gradients are needed. Fitted to benchmarks/results/xca_forms.csv (``python -m xcit.bench calibrate``):
 with these constants the rule picks the better form in every case of it, or one within 5 % (tests/bench)."""
