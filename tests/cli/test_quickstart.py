@@ -41,6 +41,8 @@ def start():
                 text=True,
                 # One thread: two wait for each other wherever other programs run on the same cores.
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # A shell starts background jobs deaf to Ctrl-C, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             stack.enter_context(process)
             stack.callback(process.kill)

@@ -137,7 +137,7 @@ def test_a_run_killed_before_its_best_weights_were_written_writes_them(finished,
     """The state of the best epoch is there, the weights are not: they are written from the state."""
     run = new_run(tmp_path / "run")
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -229,7 +229,7 @@ def test_a_run_stopped_after_training_only_writes_its_report(finished, tmp_path,
     _, metrics, _ = finished
     run = new_run(tmp_path / "run")
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
