@@ -154,4 +154,4 @@ def test_the_whole_quickstart(start, tmp_path, monkeypatch):
     predict = [*XCIT[:-1], "predict", "runs/quickstart/samples", "--model", "runs/quickstart/model.safetensors"]
     done = subprocess.run([*predict, "--format", "json"], capture_output=True, text=True, check=True)
     for prediction in json.loads(done.stdout):
-        assert f"digit_{prediction['labels'][0]['name']}.png" in str(prediction)
+        assert prediction["file"].endswith(f"digit_{prediction['predictions'][0]['name']}.png")

@@ -393,23 +393,22 @@ def test_exports_with_dynamic_batch_height_and_width(randomize, form: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["auto", "tokens", "covariance"])
+@pytest.mark.timeout(900)  # the C++ compiler
+@pytest.mark.parametrize("form", ["tokens", "covariance"])
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-def test_inductor_compiles_training_and_inference(randomize, form: str) -> None:
-    model = randomize(XCiT(**TINY | {"depth": 2}, attn_form=form))
-    for train in (False, True):
-        model.train(train)
-        torch._dynamo.reset()
-        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True)
-        for shape in ((2, 3, 64, 64), (3, 3, 80, 112)):
-            x = torch.randn(shape)
-            ours, theirs = model(x), compiled(x)
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-            for m, out in ((model, ours), (compiled, theirs)):
-                m.zero_grad()
-                out.square().sum().backward()
-            for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3, msg=name)
+def test_inductor_compiles_training(randomize, form: str) -> None:
+    model = randomize(XCiT(**TINY | {"depth": 1, "cls_attn_layers": 1}, attn_form=form)).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 64, 64), (3, 3, 80, 112)):
+        x = torch.randn(shape)
+        ours, theirs = model(x), compiled(x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        for m, out in ((model, ours), (compiled, theirs)):
+            m.zero_grad()
+            out.square().sum().backward()
+        for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore")  # aot_eager's own
