@@ -2,14 +2,19 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
 class LabelledImages(NamedTuple):
-    """What a classifier is trained on: one image and its class, or a batch of both."""
+    """What a classifier is trained and judged on: one image and its class, or a batch of both."""
 
     images: Float[Tensor, "*batch chans height width"]
     """Normalised pixels."""
-    labels: Int64[Tensor, "*batch"]
-    """Classes, from 0."""
+    labels: Int64[Tensor, "*batch"] | Float[Tensor, "*batch classes"]
+    """Classes, from 0; or 0 and 1 for each class, where an image may have several."""
+    indices: Int64[Tensor, "*batch"]
+    """Position of each image in its set; of one that was asked for but could not be decoded, its own."""
+    decoded: Bool[Tensor, "*batch"]
+    """Whether it could be. If not, in training another image and its label stand here; in evaluation zeros do, which
+    count for nothing."""

@@ -55,6 +55,7 @@ would run another program on it."""
 EXTENSIONS = tuple(sorted(ext for exts in EXTENSIONS_OF_FORMAT.values() for ext in exts))
 """Endings by which a folder's images are found; a file that is named explicitly may have any."""
 
+_ORIENTATION = 0x0112  # the EXIF tag
 _MODES = {1: "L", 3: "RGB"}
 _importing = threading.Lock()
 
@@ -174,7 +175,7 @@ def open_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            image = _decode(file, path)
+            image = decode(file, path)
     except DataError:
         raise
     except FileNotFoundError:
@@ -189,7 +190,16 @@ def open_image(path: str | os.PathLike[str], in_chans: int = 3) -> Image.Image:
         raise DataError(f"{path}: {error}") from None
 
 
-def _decode(file: Any, path: Path) -> Image.Image:
+def decode(file: Any, path: Path) -> Image.Image:
+    """Return the picture in an open binary file, with all its pixels.
+
+    Args:
+        file: at its beginning.
+        path: what it is called in messages.
+
+    Raises:
+        DataError: it is empty, of an unknown format, damaged, or too large.
+    """
     begin = file.read(24)
     if not begin:
         raise DataError(f"{path}: is empty (0 bytes).")
@@ -250,6 +260,8 @@ def check_channels(in_chans: int) -> None:
 def convert_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
     """Return an opened image upright and in mode "RGB" (``in_chans`` 3) or "L" (1); the module's text says how.
 
+    One that is so already is returned itself.
+
     Raises:
         DataError: its mode or its values have no one reading as 8-bit colour.
         ConfigError: another number of channels.
@@ -257,6 +269,10 @@ def convert_image(image: Image.Image, in_chans: int = 3) -> Image.Image:
     check_channels(in_chans)
     if not image.width or not image.height:
         raise DataError(f"has no pixels ({image.width} x {image.height}).")
+    upright = image.getexif().get(_ORIENTATION, 1) == 1
+    if upright and image.mode == _MODES[in_chans] and not image.has_transparency_data:
+        image.load()
+        return image  # as most are: the two steps below would each copy it
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
