@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -118,18 +118,21 @@ def _costs(model: XCiT, height: int, width: int) -> list[Fact]:
 
     patch = model.config["patch_size"]
     rows, columns = -(-height // patch), -(-width // patch)
-    tokens, covariance = (count_costs(model.config, (height, width), form) for form in ("tokens", "covariance"))
+    forms: tuple[Literal["tokens", "covariance"], ...] = (
+        ("tokens",) if model.config["variant"] == "no_qk_norm" else ("tokens", "covariance")
+    )
+    costs = {form: count_costs(model.config, (height, width), form) for form in forms}
     return [
         ("image", f"{height} x {width} px, {rows} x {columns} = {rows * columns:,} tokens"),
-        ("multiply-adds", _both(f"{c.multiply_adds / 1e9:.2f} G" for c in (tokens, covariance))),
-        ("memory, inference", _both(mib(c.inference_bytes) for c in (tokens, covariance))),
-        ("memory, training", _both(mib(c.training_bytes) for c in (tokens, covariance))),
+        ("multiply-adds", _by_form({form: f"{c.multiply_adds / 1e9:.2f} G" for form, c in costs.items()})),
+        ("memory, inference", _by_form({form: mib(c.inference_bytes) for form, c in costs.items()})),
+        ("memory, training", _by_form({form: mib(c.training_bytes) for form, c in costs.items()})),
     ]
 
 
-def _both(texts: Iterable[str]) -> str:
-    tokens, covariance = texts
-    return f"{tokens:>12} token form, {covariance:>12} covariance form"
+def _by_form(texts: Mapping[str, str]) -> str:
+    words = {"tokens": "token form", "covariance": "covariance form"}
+    return ", ".join(f"{text:>12} {words[form]}" for form, text in texts.items())
 
 
 def _time(model: XCiT, height: int, width: int, device: torch.device) -> list[Fact]:
@@ -141,7 +144,7 @@ def _time(model: XCiT, height: int, width: int, device: torch.device) -> list[Fa
 
     try:
         model = model.eval().to(device)
-        image = torch.randn(1, model.config["in_chans"], height, width, device=device, dtype=model.cls_token.dtype)
+        image = torch.randn(1, model.config["in_chans"], height, width, device=device, dtype=model.norm.weight.dtype)
         with observe_forms() as forms:
             seconds = time_forward(model, image)
     except (RuntimeError, MemoryError) as error:

@@ -25,13 +25,20 @@ def change_in_chans(model: XCiT, in_chans: int) -> None:
         model: changed in place.
         in_chans: channels of the images to come.
     """
-    stem: Any = model.patch_embed.proj[0]
-    old = stem[0]
-    new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
+    stem: Any = model.patch_embed.proj
+    old: Any = next(module for module in stem.modules() if isinstance(module, nn.Conv2d))
+    new: Any = nn.Conv2d(
+        in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None
+    )
     new = new.to(old.weight.device, old.weight.dtype)
     with torch.no_grad():
         new.weight.copy_(adapted_weight(old.weight, in_chans))
-    stem[0] = new
+    if old.bias is not None:
+        new.bias = old.bias
+    if stem is old:  # the variant linear_patch
+        model.patch_embed.proj = new
+    else:
+        stem[0][0] = new
     model.patch_embed.in_chans = model.config["in_chans"] = in_chans
     _adapt_cfg(model.pretrained_cfg, in_chans)
 

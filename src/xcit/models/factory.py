@@ -144,7 +144,12 @@ def _with_weights(
     config: dict[str, Any], file: WeightFile, num_classes: int | None, in_chans: int | None, overrides: dict[str, Any]
 ) -> XCiT:
     """Build the model that the weights fit exactly; change only then what the caller asked to have otherwise."""
-    own = (file.layout.num_classes, file.layout.in_chans) if file.layout else (0, 3)
+    said = file.config or {}  # the weights of a variant have no layout to tell by
+    own = (
+        (file.layout.num_classes, file.layout.in_chans)
+        if file.layout
+        else (said.get("num_classes", 0), said.get("in_chans", 3))
+    )
     config = config | {"num_classes": own[0], "in_chans": own[1]} | overrides
     unknown = config.keys() - {*_OPTIONS, "num_classes", "in_chans"}
     if unknown:

@@ -175,6 +175,13 @@ def fit(model: XCiT, file: WeightFile, *, keep_head: bool = False, overridden: C
         keep_head: see ``load_checkpoint``.
         overridden: options of the model that the caller chose knowingly against those in the file.
     """
+    ours, theirs = model.config["variant"], (file.config or {}).get("variant", "none")
+    if ours != theirs and "variant" not in overridden and (file.config or file.layout):
+        named = {name: "a plain XCiT" if name == "none" else f"the variant {name}" for name in (ours, theirs)}
+        raise CheckpointError(
+            f"{file.name} is {named[theirs]}, the model is {named[ours]}: its weights would not fit, or compute "
+            f"something else. Build the model with variant={theirs!r}."
+        )
     expected, given = model.state_dict(), dict(file.state)
     if keep_head:
         expected, given = ({k: t for k, t in d.items() if not k.startswith("head.")} for d in (expected, given))

@@ -47,6 +47,7 @@ class XCiT(nn.Module):
         attn_drop_rate: dropout of attention entries.
         drop_path_rate: stochastic depth of every XCA block, the same in each; class attention never has it.
         attn_form: form of XCA: "auto", "tokens" or "covariance" (``xcit.ops.xca``).
+        variant: what is taken away for an ablation (``xcit.models.variants``); "none" is XCiT.
 
     Attributes:
         config: the arguments, all of them: ``XCiT(**model.config)`` builds the same architecture.
@@ -55,6 +56,7 @@ class XCiT(nn.Module):
 
     Raises:
         ConfigError: an argument out of its range, naming it.
+        UnknownNameError: no such variant.
 
     Source: section 3.3 and table 1 of the paper; facts of the released code where the paper is silent.
     """
@@ -80,6 +82,7 @@ class XCiT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_form: Form = "auto",
+        variant: str = "none",
     ) -> None:
         self.config: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -108,7 +111,7 @@ class XCiT(nn.Module):
             )
             for _ in range(depth)
         )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.cls_attn_blocks = nn.ModuleList(
             ClassAttentionBlock(
                 embed_dim,
@@ -131,6 +134,11 @@ class XCiT(nn.Module):
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_weights)
+        if variant != "none":
+            from xcit.models.variants import apply_variant  # which builds on this file
+
+            self.config["variant"] = "none"
+            apply_variant(self, variant)
 
     # --- the way of an image ------------------------------------------------------------------------------------------
 
@@ -141,7 +149,7 @@ class XCiT(nn.Module):
     def forward_features(
         self, x: Float[Tensor, "batch chans height width"]
     ) -> Float[Tensor, "batch tokens_and_cls channels"]:
-        """Return all tokens after the final norm, (B, 1 + N, C): the class token first."""
+        """Return all tokens after the final norm, (B, 1 + N, C): the class token first, if the model has one."""
         x, (Hp, Wp) = self._embed(x)
         for block in self.blocks:
             x = self._run(block, x, Hp, Wp)
@@ -149,6 +157,8 @@ class XCiT(nn.Module):
 
     def forward_cls(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens_and_cls channels"]:
         """Put the class token before the patch tokens and run the class-attention blocks; before the final norm."""
+        if self.cls_token is None:
+            return x
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         for block in self.cls_attn_blocks:
             x = self._run(block, x)
@@ -163,7 +173,7 @@ class XCiT(nn.Module):
             x: tokens, class token first.
             pre_logits: return the pooled features (B, C) instead of the logits.
         """
-        pooled = x[:, 1:].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
+        pooled = x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 
@@ -196,8 +206,10 @@ class XCiT(nn.Module):
             come in the blocks' order.
 
         Raises:
-            ConfigError: an index out of range or an unknown format.
+            ConfigError: an index out of range, an unknown format, or prefix tokens of a model without class token.
         """
+        if return_prefix_tokens:
+            self._need_class_token()
         if output_fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'.")
         taken = _take_indices(len(self.blocks), indices)
@@ -230,17 +242,28 @@ class XCiT(nn.Module):
             (B, heads, Hp, Wp), non-negative. A head's map sums to at most one: the rest is what the class token takes
             of itself.
 
+        Raises:
+            ConfigError: the model has no class attention.
+
         Source: figure 4 of the paper shows these maps.
         """
+        cls_token = self._need_class_token()
         tokens, (Hp, Wp) = self._embed(x)
         for block in self.blocks:
             tokens = self._run(block, tokens, Hp, Wp)
-        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        tokens = torch.cat((cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         *earlier, last = self.cls_attn_blocks
         for block in earlier:
             tokens = self._run(block, tokens)
         assert isinstance(last, ClassAttentionBlock)
         return last.attn.attention(last.norm1(tokens))[:, :, 1:].unflatten(2, (Hp, Wp))
+
+    def _need_class_token(self) -> nn.Parameter:
+        if self.cls_token is None:
+            raise ConfigError(
+                f"The model has no class token and no class attention (variant {self.config['variant']})."
+            )
+        return self.cls_token
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, (Hp, Wp) = self.patch_embed(x)
@@ -273,6 +296,8 @@ class XCiT(nn.Module):
         if global_pool is not None:
             if global_pool not in POOLS:
                 raise ConfigError(f"global_pool is {global_pool!r}; it must be one of {', '.join(POOLS)}.")
+            if global_pool == "token":
+                self._need_class_token()
             self.global_pool = self.config["global_pool"] = global_pool
         if num_classes < 0:
             raise ConfigError(f"num_classes is {num_classes}; it must be 0 (features) or more.")
@@ -281,7 +306,7 @@ class XCiT(nn.Module):
             self.pretrained_cfg = self.pretrained_cfg | {"class_names": None, "label_set": None}
         head = _head(self.embed_dim, num_classes)
         _init_weights(head)
-        self.head = head.to(self.cls_token.device, self.cls_token.dtype).train(self.training)
+        self.head = head.to(self.norm.weight.device, self.norm.weight.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: keep only the blocks' inputs and recompute the rest backward."""
@@ -299,10 +324,10 @@ class XCiT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the released training kept from weight decay by name.
 
-        One-dimensional parameters and biases are kept from it by every usual optimiser factory as well; the
-        temperature is not, and was decayed.
+        Vectors and biases are kept from it by every usual optimiser factory as well. The temperatures are not, and were
+        decayed; so was the projection of the positional encoding, whose name the released model's list misses.
         """
-        return {"pos_embeder.token_projection.weight", "cls_token"}
+        return {"cls_token"} & dict(self.named_parameters()).keys()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns that sort parameters into depth groups, for layer-wise learning rates.
