@@ -1,21 +1,34 @@
-"""Training curves: loss and accuracy over the epochs."""
+"""Curves over the epochs: losses and accuracy, learning rate and pace."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from xcit.report.style import BLUE, GREEN, GREY, GRID, INK, ORANGE, new_figure
 
+WIDE_RANGE = 30.0
+"""Losses that differ by more than this factor are drawn on a logarithmic axis."""
+
+FIGURES = {"val_accuracy": "validation accuracy", "val_map": "validation mAP"}
+"""What an epoch is judged by, as a row calls it and as people do."""
+
+
+def figure_name(row: Mapping[str, float]) -> str:
+    """Return what epochs are judged by: "val_map" where images have several labels, else "val_accuracy"."""
+    return "val_map" if "val_map" in row else "val_accuracy"
+
 
 def curves_figure(history: Sequence[Mapping[str, float]], best_epoch: int) -> Figure:
-    """Draw the losses on the left and the validation accuracy on the right.
+    """Draw the losses on the left and the validation accuracy on the right; those of averaged weights are dashed.
 
     Args:
-        history: a row an epoch with ``epoch``, ``train_loss``, ``val_loss`` and ``val_accuracy`` (0 to 1).
+        history: a row an epoch with ``epoch``, ``train_loss``, ``val_loss`` and ``val_accuracy`` (0 to 1; or
+            ``val_map``); ``ema_val_loss`` and ``ema_val_accuracy`` (``ema_val_map``) where weights were averaged.
         best_epoch: the epoch whose weights are kept; it is marked.
     """
     figure = new_figure(9.0, 3.4)
@@ -25,30 +38,85 @@ def curves_figure(history: Sequence[Mapping[str, float]], best_epoch: int) -> Fi
         _dress(axes, epochs)
         axes.axvline(best_epoch, color=GREY, linewidth=1, linestyle=(0, (2, 3)))
     marker = "o" if len(epochs) < 3 else None  # a line needs two points to be seen
-    left.plot(epochs, [r["train_loss"] for r in history], ORANGE, marker=marker, label="training (augmented, smoothed)")
-    left.plot(epochs, [r["val_loss"] for r in history], BLUE, marker=marker, label="validation")
-    left.set_title("cross-entropy loss", loc="left", color=INK, fontsize=11)
-    left.set_ylim(bottom=0)
+    losses = {
+        "train_loss": (ORANGE, "-", "training (augmented)"),
+        "val_loss": (BLUE, "-", "validation"),
+        "ema_val_loss": (BLUE, "--", "validation, averaged weights"),
+    }
+    for name, (colour, style, label) in losses.items():
+        if name in history[0]:
+            left.plot(epochs, _finite(history, name), style, color=colour, marker=marker, label=label)
+    drawn = [value for name in losses for value in _finite(history, name) if math.isfinite(value)]
+    logarithmic = _wide_range(drawn)
+    left.set_title("loss, logarithmic" if logarithmic else "loss", loc="left", color=INK, fontsize=11)
+    if logarithmic:
+        left.set_yscale("log")
+    else:
+        left.set_ylim(0, 1.06 * max(drawn, default=1.0))
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
 
-    accuracies = [row["val_accuracy"] for row in history]
-    right.plot(epochs, accuracies, GREEN, marker=marker)
-    right.set_title("validation accuracy", loc="left", color=INK, fontsize=11)
-    right.set_ylim(max(0.0, min(accuracies) - 0.03), 1.01)
+    name = figure_name(history[0])
+    values = _finite(history, name)
+    averaged = _finite(history, f"ema_{name}")
+    right.plot(epochs, values, GREEN, marker=marker, label="weights as trained")
+    if any(map(math.isfinite, averaged)):
+        right.plot(epochs, averaged, "--", color=GREEN, marker=marker, label="averaged weights")
+        right.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    right.set_title(FIGURES[name], loc="left", color=INK, fontsize=11)
+    known = [value for value in (*values, *averaged) if math.isfinite(value)] or [0.0]
+    right.set_ylim(max(0.0, min(known) - 0.03), 1.005 if max(known) > 0.9 else max(known) + 0.06)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    kept = next(row for row in history if row["epoch"] == best_epoch)
-    right.plot([best_epoch], [kept["val_accuracy"]], "o", color=GREEN, markersize=6)
+    kept = next(row for row in history if row["epoch"] == best_epoch)[name]
+    right.plot([best_epoch], [kept], "o", color=GREEN, markersize=6)
     early = best_epoch < (epochs[0] + epochs[-1]) / 2
     right.annotate(
-        f"epoch {best_epoch}, kept: {100 * kept['val_accuracy']:.1f} %",
-        (best_epoch, kept["val_accuracy"]),
+        f"epoch {best_epoch}, kept: {100 * kept:.1f} %",
+        (best_epoch, kept),
         xytext=(8 if early else -8, -22),
         textcoords="offset points",
         ha="left" if early else "right",
         fontsize=9,
         color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0},
     )
     return figure
+
+
+def pace_figure(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the learning rate, the images a second, and the share of the time that was spent waiting for images.
+
+    Args:
+        history: a row an epoch with ``epoch``, ``lr``, ``images_per_second`` and ``data_wait`` (0 to 1).
+    """
+    figure = new_figure(9.0, 2.4)
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 3 else None
+    panels = {"lr": ("learning rate", BLUE), "images_per_second": ("images a second", GREEN)}
+    panels |= {"data_wait": ("time spent waiting for images", ORANGE)}
+    for axes, (name, (title, colour)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        _dress(axes, epochs)
+        values = _finite(history, name)
+        axes.plot(epochs, values, colour, marker=marker)
+        axes.set_title(title, loc="left", color=INK, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.set_ylim(bottom=0)
+        if name == "lr":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        if name == "data_wait":
+            axes.set_ylim(0, max(0.1, 1.1 * max((v for v in values if math.isfinite(v)), default=0.0)))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+def _finite(history: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """A column; gaps where it is not a number."""
+    values = (float(row.get(name, math.nan)) for row in history)
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _wide_range(values: Sequence[float]) -> bool:
+    known = [value for value in values if math.isfinite(value)]
+    return bool(known) and min(known) > 0 and max(known) > WIDE_RANGE * min(known)
 
 
 def _dress(axes: Axes, epochs: Sequence[float]) -> None:
@@ -56,7 +124,7 @@ def _dress(axes: Axes, epochs: Sequence[float]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GREY)
-    axes.tick_params(colors=GREY, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=GREY, labelsize=9, length=0)
     axes.set_xlabel("epoch", color=GREY, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _STYLE = """
-:root { color-scheme: light; --ink: #1f2430; --grey: #6b7280; --line: #e5e7eb; --blue: #2563eb; }
+:root { color-scheme: light; --ink: #1f2430; --grey: #6b7280; --line: #e5e7eb; --blue: #2563eb; --red: #c81e3a; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", sans-serif; }
@@ -18,8 +18,8 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; }
 h2 { font-size: 1.1rem; margin: 0 0 .75rem; }
 section { background: white; border: 1px solid var(--line); border-radius: .6rem; padding: 1.25rem; margin-top: 1rem; }
 section > :last-child { margin-bottom: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }
-.figures > div { background: white; border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.25rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }
+.figures > div { background: white; border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; }
 .figures b { display: block; font-size: 1.6rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .figures small { color: var(--grey); display: block; line-height: 1.4; margin-top: .2rem; }
 figure { margin: 0 0 1rem; }
@@ -37,6 +37,14 @@ tr:last-child td { border-bottom: 0; }
 pre { background: #f6f7f9; border: 1px solid var(--line); border-radius: .4rem; padding: .75rem 1rem; overflow-x: auto;
   font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 0 0 1rem; }
 details summary { cursor: pointer; color: var(--blue); margin-bottom: .75rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: 1rem;
+  margin-bottom: 1rem; }
+.gallery.pairs { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.gallery figure { margin: 0; }
+.gallery figure div { display: flex; gap: .25rem; overflow: hidden; }
+.gallery img { flex: 1; min-width: 0; width: 100%; height: auto; margin: 0; border-radius: .3rem; }
+.gallery figcaption { font-size: .85rem; line-height: 1.35; overflow-wrap: anywhere; color: var(--ink); }
+.gallery figcaption.wrong { color: var(--red); }
 """
 
 WIDE = 640
@@ -60,20 +68,38 @@ class Prose:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with its caption; ``alt`` says to those who cannot see it what it shows; ``width`` in pixels."""
+    """A PNG or JPEG with its caption; ``alt`` says to those who cannot see it what it shows; ``width`` in pixels."""
 
-    png: bytes
+    data: bytes
     alt: str
     caption: str = ""
     width: int | None = None
 
 
 @dataclass(frozen=True)
+class Thumbnail:
+    """Small pictures side by side, PNG or JPEG, and a caption below them; that of a mistake is red."""
+
+    pictures: Sequence[bytes]
+    alt: str
+    caption: str
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Thumbnails, as many in a line as there is room for."""
+
+    thumbnails: Sequence[Thumbnail]
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; an empty header is left out."""
+    """Rows of text under a header; an empty header is left out. With a ``summary`` it is folded away behind that."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,7 @@ class Code:
     summary: str = ""
 
 
-Block = Prose | Picture | Table | Code
+Block = Prose | Picture | Gallery | Table | Code
 
 
 @dataclass(frozen=True)
@@ -127,16 +153,37 @@ def _block(block: Block) -> str:
     match block:
         case Prose(text):
             return f"<p>{escape(text)}</p>"
-        case Picture(png, alt, caption, width):
+        case Picture(data, alt, caption, width):
             size = f' width="{width}"' if width else ""
-            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
             words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
             wide = ' class="wide"' if width and width > WIDE else ""
-            return f'<figure><div><img src="{source}" alt="{escape(alt)}"{size}{wide}></div>{words}</figure>'
-        case Table(header, rows):
+            image = f'<img src="{_data_uri(data)}" alt="{escape(alt)}"{size}{wide}>'
+            return f"<figure><div>{image}</div>{words}</figure>"
+        case Gallery(thumbnails):
+            pairs = " pairs" if any(len(thumbnail.pictures) > 1 for thumbnail in thumbnails) else ""
+            return f'<div class="gallery{pairs}">{"".join(map(_thumbnail, thumbnails))}</div>'
+        case Table(header, rows, summary):
             head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
             lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{lines}</table></div>'
+            table = f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{lines}</table></div>'
+            return _folded(table, summary)
         case Code(text, summary):
-            code = f"<pre>{escape(text)}</pre>"
-            return f"<details><summary>{escape(summary)}</summary>{code}</details>" if summary else code
+            return _folded(f"<pre>{escape(text)}</pre>", summary)
+
+
+def _thumbnail(thumbnail: Thumbnail) -> str:
+    first, *others = map(_data_uri, thumbnail.pictures)
+    images = f'<img src="{first}" alt="{escape(thumbnail.alt)}">' + "".join(
+        f'<img src="{other}" alt="">' for other in others
+    )
+    wrong = ' class="wrong"' if thumbnail.wrong else ""
+    return f"<figure><div>{images}</div><figcaption{wrong}>{escape(thumbnail.caption)}</figcaption></figure>"
+
+
+def _data_uri(data: bytes) -> str:
+    kind = "jpeg" if data.startswith(b"\xff\xd8\xff") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _folded(content: str, summary: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>" if summary else content
