@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from xcit.cli import quickstart as verb
+from xcit.cli import train as training_verb
 from xcit.cli.main import main
 from xcit.errors import BackendError
 from xcit.recipes.digits import digits_quickstart
@@ -69,8 +70,8 @@ def test_stopped_killed_and_gone_on_with(start, tmp_path, capsys):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     done = len(epochs(root))
-    assert f"Stopped; {done} of 4 epochs {'is' if done == 1 else 'are'} kept." in err
-    assert f"xcit quickstart --resume '{root}'" in err
+    assert "Stopped by SIGINT; the state is saved." in err
+    assert f"xcit train --resume '{root}'" in err
     assert "Traceback" not in out + err
 
     process = start("--resume", root, "--device", "cpu")
@@ -78,12 +79,13 @@ def test_stopped_killed_and_gone_on_with(start, tmp_path, capsys):
     process.kill()
     process.communicate(timeout=300)
     assert torch.load(root / "last.ckpt", weights_only=True)["epoch"] >= done
+    kept = len(epochs(root))
 
     assert main(["quickstart", "--resume", str(root), "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert epochs(root) == [1, 2, 3, 4]
     assert err == ""
-    assert f"going on after epoch {done + 1} of 4" in out
+    assert f"after {kept} of 4 epochs" in out
     assert str(root / "report.html") in out
     assert f"xcit predict '{root}/samples' --model '{root}/model.safetensors'" in out
     assert not list(root.glob(".*"))
@@ -114,7 +116,7 @@ def test_mistakes_cost_a_sentence(arguments, message, tmp_path, monkeypatch, cap
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(verb, "find_spec", lambda name: None if name in ("lightning", "sklearn") else object())
+    monkeypatch.setattr(training_verb, "find_spec", lambda name: None if name in ("lightning", "sklearn") else object())
     with pytest.raises(
         BackendError, match=r'needs lightning and scikit-learn, which are not .*pip install "xcit\[train\]"'
     ):
@@ -145,7 +147,8 @@ def test_the_whole_quickstart(start, tmp_path, monkeypatch):
     assert figures["test"]["accuracy"] >= 0.985, figures["test"]
     assert figures["test"]["num_images"] == 360
     for name in (
-        "model.safetensors", "last.ckpt", "config.yaml", "metrics.csv", "curves.png", "confusion_matrix.png",
+        "model.safetensors", "last.ckpt", "config.yaml", "metrics.csv", "metrics.jsonl", "provenance.json",
+        "curves.png", "confusion_matrix.png",
         "attention.png", "attention_heads.png", "report.html", *(f"samples/digit_{i}.png" for i in range(10)),
     ):  # fmt: skip
         assert (root / name).stat().st_size > 100, name

@@ -7,22 +7,22 @@ held-out part is accuracy on new digits of known writers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode, v2
 
-from xcit.data.batches import LabelledImages
 from xcit.data.preprocess import Preprocessing
-from xcit.errors import ConfigError
+from xcit.errors import BackendError, ConfigError
+
+try:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError:
+    raise BackendError('The digits come with scikit-learn, which is not installed: pip install "xcit[train]"') from None
 
 CLASS_NAMES = tuple("0123456789")
 TEST_FRACTION = 0.2
@@ -111,58 +111,3 @@ def digit_preprocessing(train: Digits, image_size: int) -> Preprocessing:
     pixels = torch.stack([unit(train.picture(i)) for i in range(len(train))]).double()
     mean, std = round(pixels.mean().item(), 4), round(pixels.std().item(), 4)
     return Preprocessing((image_size, image_size), mean=(mean,), std=(std,), in_chans=1)
-
-
-def digit_augmentation(
-    *, degrees: float, translate: float, scale: float, shear: float, erase: float, black: float
-) -> Callable[[Tensor], Tensor]:
-    """Return a random distortion that keeps a digit's meaning, for one normalised image at a time.
-
-    All draws come from torch's global generator.
-
-    Args:
-        degrees: rotation by up to so much either way.
-        translate: shift by up to this share of the side, either way, in both directions.
-        scale: zoom by a factor of 1 - scale to 1 + scale.
-        shear: up to so many degrees either way, in both directions.
-        erase: probability that a rectangle of 2 % to 15 % of the image is painted black.
-        black: the value of black after normalisation, which fills what the distortion uncovers.
-    """
-    steps: list[torch.nn.Module] = [
-        v2.RandomAffine(
-            degrees,
-            translate=(translate, translate),
-            scale=(1 - scale, 1 + scale),
-            shear=(-shear, shear, -shear, shear),
-            interpolation=InterpolationMode.BILINEAR,
-            fill=black,
-        )
-    ]
-    if erase:
-        steps.append(v2.RandomErasing(p=erase, scale=(0.02, 0.15), value=black))
-    return v2.Compose(steps)
-
-
-class DigitImages(Dataset[LabelledImages]):
-    """Digits as a model sees them, enlarged and normalised once; augmented anew each time they are asked for.
-
-    Args:
-        digits: which ones.
-        preprocessing: how a picture becomes a tensor; the very object that goes into the checkpoint, so that a saved
-            picture of a digit is predicted from the same numbers.
-        augment: applied to an image (1, side, side) whenever it is fetched.
-    """
-
-    def __init__(
-        self, digits: Digits, preprocessing: Preprocessing, augment: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.images = torch.stack([preprocessing(digits.picture(i)) for i in range(len(digits))])
-        self.labels = torch.from_numpy(digits.labels)
-        self.augment = augment
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> LabelledImages:
-        image = self.images[index]
-        return LabelledImages(image if self.augment is None else self.augment(image), self.labels[index])

@@ -6,6 +6,7 @@ is computed, and a counter looks on. Hence the counts are of the code as it is, 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 import weakref
@@ -52,9 +53,21 @@ def count_costs(config: Mapping[str, Any], image_size: tuple[int, int], form: Li
     """
     with torch.device("meta"):
         model = XCiT(**{**config, "attn_form": form}).float()
+    return count_model_costs(model, (model.config["in_chans"], *image_size))
+
+
+def count_model_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> Costs:
+    """Count what one image through a model costs, likewise; of any model, whose weights are neither read nor changed.
+
+    Args:
+        model: images (1, chans, height, width) to logits; it is copied, without its values.
+        image_shape: channels, height and width.
+    """
+    with torch.device("meta"):
+        model = copy.deepcopy(model).to("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu").eval()
-        image = torch.empty(1, model.config["in_chans"], *image_size)
+        image = torch.empty(1, *image_shape)
         with torch.no_grad():
             with FlopCounterMode(display=False) as flops:
                 model(image)

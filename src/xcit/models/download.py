@@ -203,7 +203,8 @@ def _transfer(url: str, partial: Path, target: Path, progress: bool) -> None:
     except (OSError, http.client.HTTPException) as err:
         raise CheckpointError(
             f"No network: {urllib.parse.urlsplit(url).hostname} could not be reached ({_reason(err)}). "
-            f"Fetch {url} elsewhere and put it at {target}, or pass pretrained='PATH' to use a file that you have."
+            f"Fetch {url} elsewhere and put it at {target}, or use a file that you have: "
+            f"pretrained='PATH' in Python, its path for --model or --pretrained on the command line."
         ) from err
 
     with response:

@@ -14,13 +14,22 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from xcit.errors import CheckpointError, ConfigError
+from xcit.data.batches import LabelledImages
+from xcit.data.loading import TrainLoader
+from xcit.errors import CheckpointError, ConfigError, DataError
 from xcit.models.storage import read_file
+from xcit.recipes.build import Parts
+from xcit.recipes.interrupts import StoppedError, StopRequest
+from xcit.recipes.logs import MetricsLog
 from xcit.recipes.run_folder import RunFolder, write_atomic
 from xcit.tasks.classification import ClassificationTask
 
-COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds")
-"""Of a history: the epoch counted from 1, what ``ClassificationTask`` logs, and the epoch's duration."""
+LOG_EVERY = 10
+"""Steps between two lines of the log."""
+AGREE_EVERY = 8
+"""Steps between two times that several processes ask each other whether to save or to stop."""
+UNCHECKED = ("compute", "log")
+"""Parts of the settings that may change when a run is gone on with: they do not decide what is computed."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,74 +50,256 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomic(Path(path), buffer.getvalue())
 
 
-class RunKeeper(Callback):
-    """At the end of every epoch: note its figures, save the state, keep its weights if they are the best so far.
+def figure_of(row: Mapping[str, float], prefix: str = "") -> tuple[float, float]:
+    """Return what epochs are compared by: the accuracy (or mean average precision), and of equals the lowest loss.
 
-    Best is the highest validation accuracy, and of equals the lowest validation loss: on a few hundred images many
-    epochs get the same number right.
+    On a few hundred images many epochs get the same number right.
+    """
+    name = f"{prefix}val_map" if f"{prefix}val_map" in row else f"{prefix}val_accuracy"
+    return row[name], -row[f"{prefix}val_loss"]
+
+
+class RunKeeper(Callback):
+    """Note the figures, save the state, and keep the weights that are the best so far.
+
+    The state is saved after every epoch, and within it every so many minutes and before a stop that was asked for.
 
     Args:
         run: where to.
+        parts: what is trained on what.
         save_model: writes a model's weights, in the form they are used in, to a path.
         settings: of the run; they go into its state, for ``check_state``.
+        stop: whether somebody asked to stop.
+        minutes: between two saves within an epoch; 0 for none.
+        patience: epochs without a better figure after which the run ends; 0 for never.
 
     Attributes:
-        history: a row an epoch, with the keys ``COLUMNS``.
+        history: a row an epoch.
         best: the row whose weights are kept.
+        skipped: positions of images that could not be decoded, by part of the data.
+        saved_step: steps that the last saved state has behind it; 0 where there is none.
     """
 
     def __init__(
-        self, run: RunFolder, save_model: Callable[[torch.nn.Module, Path], Any], settings: dict[str, Any]
+        self,
+        run: RunFolder,
+        parts: Parts,
+        save_model: Callable[[torch.nn.Module, Path], Any],
+        settings: dict[str, Any],
+        stop: StopRequest,
+        *,
+        minutes: float = 0.0,
+        patience: int = 0,
     ) -> None:
         self.run = run
+        self.parts = parts
         self.settings = settings
         self.save_model = save_model
+        self.stop = stop
+        self.minutes = minutes
+        self.patience = patience
         self.history: list[dict[str, float]] = []
-        self._began = 0.0
+        self.skipped: dict[str, set[int]] = {"train": set(), "val": set()}
+        self.lines: MetricsLog | None = None
+        self.saved_step = 0
+        self._position: Any = None
+        self._within_epoch = False
+        self._saved = self._epoch_began = self._lines_began = time.perf_counter()
+        self._waited = 0.0
+        self._steps_in_line = 0
+
+    @property
+    def loader(self) -> TrainLoader:
+        """Where the training batches come from."""
+        return self.parts.train_loader
 
     @property
     def best(self) -> Mapping[str, float]:
         """The row of the epoch whose weights are kept."""
-        return max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        return max(self.history, key=figure_of)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many epochs brought nothing better that the run ends early."""
+        return bool(self.patience and self.history) and len(self.history) - self.best["epoch"] >= self.patience
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: ClassificationTask) -> None:  # type: ignore[override]
         """Write the best weights once more if the state is theirs: the run may have been killed just before it did."""
-        self._keep_best(pl_module)
+        if trainer.is_global_zero:
+            self.lines = MetricsLog(self.run.log)
+            self.lines.rewind(self._position or 0)
+            if not self._within_epoch:
+                self._keep_best(pl_module)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
-        self._began = time.perf_counter()
+        self._start_clock()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listen, now that Lightning has set its handlers, and start the clock: a resumed epoch has no other start."""
+        self.stop.claim()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._epoch_began = self._lines_began = time.perf_counter()
+        self._epoch_waited = self._waited = self.loader.wait_seconds
+        self._steps_in_line = self._epoch_images = 0
+
+    def on_train_batch_end(  # type: ignore[override]
+        self,
+        trainer: lightning.Trainer,
+        pl_module: ClassificationTask,
+        outputs: Any,
+        batch: LabelledImages,
+        batch_idx: int,
+    ) -> None:
+        """Log, save and stop where it is time to.
+
+        Raises:
+            StoppedError: it was asked for, and the state is saved.
+        """
+        accumulate = trainer.accumulate_grad_batches
+        self._epoch_images += len(batch.images) * trainer.world_size
+        self._steps_in_line += 1
+        if (batch_idx + 1) % accumulate:
+            return  # gradients that are summed up are in no state
+        if trainer.global_step % LOG_EVERY == 0 and self.lines is not None:
+            self._log_step(trainer, outputs, batch)
+        if batch_idx + 1 == len(self.loader):
+            return  # the epoch's own end is near, with its figures
+        stop, due = self._agree(trainer, batch_idx)
+        if stop or due:
+            self._save(trainer)
+        if stop:
+            raise StoppedError(stop)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(self.run.last)
+        self._saved, self.saved_step = time.perf_counter(), trainer.global_step
+
+    def _agree(self, trainer: lightning.Trainer, batch_idx: int) -> tuple[int, bool]:
+        """Return the signal to stop for and whether to save, the same in all processes."""
+        due = bool(self.minutes) and time.perf_counter() - self._saved >= 60 * self.minutes
+        if trainer.world_size == 1:
+            return self.stop.signal, due
+        if batch_idx % AGREE_EVERY:
+            return 0, False
+        wanted = torch.tensor([self.stop.signal, int(due)], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+        stop, due_somewhere = wanted.tolist()
+        return int(stop), bool(due_somewhere)
+
+    def _log_step(self, trainer: lightning.Trainer, outputs: Any, batch: LabelledImages) -> None:
+        assert self.lines is not None
+        now, waited = time.perf_counter(), self.loader.wait_seconds
+        passed = max(1e-9, now - self._lines_began)
+        self.lines.log(
+            {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch + 1,
+                "loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
+                "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            },
+            timing={
+                "images_per_second": self._steps_in_line * len(batch.images) * trainer.world_size / passed,
+                "data_wait": (waited - self._waited) / passed,
+            },
+        )
+        self._lines_began, self._waited, self._steps_in_line = now, waited, 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: LabelledImages,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note what could not be decoded."""
+        if not bool(batch.decoded.all()):
+            self.skipped["val"].update(batch.indices[~batch.decoded].tolist())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: ClassificationTask) -> None:  # type: ignore[override]
-        """Note, keep and save."""
-        logged = trainer.callback_metrics
-        self.history.append(
-            {
-                "epoch": trainer.current_epoch + 1,
-                **{name: logged[name].item() for name in ("train_loss", "val_loss", "val_accuracy")},
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "seconds": time.perf_counter() - self._began,
-            }
-        )
-        trainer.save_checkpoint(self.run.last)
-        self._keep_best(pl_module)
-        write_history(self.history, self.run.history)
+        """Note, keep and save.
+
+        Raises:
+            DataError: too many of the validation images cannot be decoded.
+            StoppedError: it was asked for, and the state is saved.
+        """
+        seconds = max(1e-9, time.perf_counter() - self._epoch_began)
+        self._gather_skipped(trainer)
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            **pl_module.figures,
+            "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "seconds": seconds,
+            "images_per_second": self._epoch_images / seconds,
+            "data_wait": (self.loader.wait_seconds - self._epoch_waited) / seconds,
+        }
+        self.history.append(row)
+        if self.lines is not None:
+            timing = {name: row[name] for name in ("seconds", "images_per_second", "data_wait")}
+            self.lines.log({name: value for name, value in row.items() if name not in timing}, timing=timing)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, trainer.global_step)
+        self._save(trainer)
+        if trainer.is_global_zero:
+            self._keep_best(pl_module)
+            write_history(self.history, self.run.history)
+        stop, _ = self._agree(trainer, 0)
+        if stop and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            raise StoppedError(stop)
+        if self.exhausted:
+            trainer.should_stop = True
+
+    def _gather_skipped(self, trainer: lightning.Trainer) -> None:
+        self.skipped["train"] |= self.loader.bad
+        if trainer.world_size > 1:
+            found: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(found, self.skipped)
+            self.skipped = {part: set().union(*(each[part] for each in found)) for part in self.skipped}
+        val, share = self.parts.splits.val, self.loader.max_bad_fraction
+        if len(self.skipped["val"]) > share * len(val):
+            raise DataError(
+                f"{len(self.skipped['val'])} of {len(val)} validation images cannot be decoded, more than "
+                f"data.max_bad_fraction={share:g} allows (one is {val.names[min(self.skipped['val'])]}). Look at them "
+                f"with xcit data check, or allow more."
+            )
+        if trainer.is_global_zero and any(self.skipped.values()):
+            write_skipped(self.skipped, self.parts, self.run.skipped)
 
     def _keep_best(self, task: ClassificationTask) -> None:
-        if self.history and self.best is self.history[-1]:
+        if not self.history:
+            return
+        if self.best is self.history[-1]:
             self.save_model(task.model, self.run.model)
+        if task.ema is not None and max(self.history, key=lambda row: figure_of(row, "ema_")) is self.history[-1]:
+            self.save_model(task.ema.module, self.run.ema_model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes into the checkpoint."""
-        return {"history": self.history, "settings": self.settings}
+        return {
+            "history": self.history,
+            "settings": self.settings,
+            "skipped": {part: sorted(found) for part, found in self.skipped.items()},
+            "log": self.lines.position() if self.lines is not None else None,
+            "within_epoch": self.loader.state_dict()["batches"] > 0,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of the checkpoint."""
         self.history = list(state_dict["history"])
+        self.skipped = {part: set(found) for part, found in state_dict["skipped"].items()}
+        self._position = state_dict["log"]
+        self._within_epoch = state_dict["within_epoch"]
 
 
-def check_state(run: RunFolder, settings: dict[str, Any]) -> None:
-    """Refuse a state that cannot be gone on from, before Lightning stumbles over it.
+def check_state(run: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read the state that a run is to go on from, before Lightning stumbles over it.
+
+    Returns:
+        What ``RunKeeper.state_dict`` gave.
 
     Raises:
         CheckpointError: the file cannot be read, or is something else.
@@ -116,14 +307,18 @@ def check_state(run: RunFolder, settings: dict[str, Any]) -> None:
     """
     content = read_file(run.last).content
     try:
-        trained_with = content["callbacks"][RunKeeper.__qualname__]["settings"]
+        state: dict[str, Any] = content["callbacks"][RunKeeper.__qualname__]
+        state["saved_step"] = content["global_step"]
+        trained_with = state["settings"]
     except (KeyError, TypeError):
         raise CheckpointError(f"{run.last} is not the state of a run; start anew with --overwrite.") from None
-    if trained_with != settings:
+    changed = [part for part in settings if part not in UNCHECKED and trained_with.get(part) != settings[part]]
+    if changed:
         raise ConfigError(
-            f"The settings in {run.config} are not those that {run.last} was trained with; restore them, or start "
-            f"anew with --overwrite."
+            f"The settings in {run.config} ({', '.join(changed)}) are not those that {run.last} was trained with; "
+            f"restore them, or start anew with --overwrite."
         )
+    return state
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
@@ -133,9 +328,36 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
         ExportError: the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(
         {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in history
     )
     write_atomic(path, text.getvalue().encode())
+
+
+def write_skipped(skipped: Mapping[str, set[int]], parts: Parts, path: Path) -> None:
+    """Write which images could not be decoded, and why.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("part", "image", "reason"))
+    writer.writerows(skipped_images(skipped, parts))
+    write_atomic(path, text.getvalue().encode())
+
+
+def skipped_images(skipped: Mapping[str, set[int]], parts: Parts) -> list[tuple[str, str, str]]:
+    """Return part, name and reason of each image that could not be decoded, by trying once more."""
+    rows = []
+    for part, images in (("train", parts.splits.train), ("val", parts.splits.val)):
+        for index in sorted(skipped[part]):
+            try:
+                images.open(index)
+                reason = "could be decoded at another time"
+            except DataError as err:
+                reason = str(err)
+            rows.append((part, images.names[index], reason))
+    return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from typing import Any
 
 import lightning
@@ -9,26 +11,42 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from xcit.data.batches import LabelledImages
+from xcit.data.loading import TrainLoader
+from xcit.tasks.classification import ClassificationTask
+
 LINES = 10
 """About how many lines a run prints where there is no terminal, as in a log file."""
+REFRESH_SECONDS = 0.25
+"""Between two looks at the loss, for which an accelerator must be waited for."""
+WINDOW = 40
+"""Looks back that rates are averaged over."""
+MUCH_WAITING = 0.2
+"""Share of the time from which waiting for images is shown as a warning."""
 
 
 class TrainingProgress(Callback):
-    """Show epoch, loss, validation accuracy and the time that is left.
+    """Show epoch, loss, validation figure, learning rate, images a second, waiting for data, and the time left.
 
     Args:
         console: where to.
+        loader: of the training images; it knows how long it was waited for.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, loader: TrainLoader) -> None:
         self.console = console
-        self.accuracy: float | None = None
+        self.loader = loader
+        self.figure: tuple[str, float] | None = None
         self.loss: float | None = None
         self._bar: Progress | None = None
+        self._seen = 0
+        self._looks: deque[tuple[float, int, float]] = deque(maxlen=WINDOW)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to show, at the epoch where a resumed run goes on."""
-        if not self.console.is_terminal:
+        """Begin to show, at the step where a resumed run goes on."""
+        self._looks.clear()
+        self._look()
+        if not self.console.is_terminal or self.console.quiet:
             return
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}"),
@@ -51,22 +69,43 @@ class TrainingProgress(Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: LabelledImages,
+        batch_idx: int,
     ) -> None:
-        """Move the bar by one step."""
-        loss = float(outputs["loss"])
+        """Move the bar."""
+        self._seen += len(batch.images) * trainer.world_size
+        if time.perf_counter() - self._looks[-1][0] < REFRESH_SECONDS and self.loss is not None:
+            return
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        self._look()
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], advance=1, epoch=trainer.current_epoch + 1, figures=self._figures())
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=trainer.global_step,
+                epoch=trainer.current_epoch + 1,
+                figures=self._figures(trainer),
+            )
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note the validation accuracy; print a line where there is no terminal and one is due."""
-        self.accuracy = trainer.callback_metrics["val_accuracy"].item()
+    def _look(self) -> None:
+        self._looks.append((time.perf_counter(), self._seen, self.loader.wait_seconds))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: ClassificationTask) -> None:  # type: ignore[override]
+        """Note the validation figure; print a line where there is no terminal and one is due."""
+        for name, text in (("val_accuracy", "val accuracy"), ("val_map", "val mAP")):
+            if name in pl_module.figures:
+                self.figure = text, pl_module.figures[name]
+        self.loss = pl_module.figures.get("train_loss", self.loss)
+        self._look()
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], figures=self._figures())
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, figures=self._figures(trainer))
         elif epoch * LINES // epochs > (epoch - 1) * LINES // epochs:
-            self.console.print(f"epoch {epoch:>{len(str(epochs))}}/{epochs}  {self._figures()}")
+            self.console.print(f"epoch {epoch:>{len(str(epochs))}}/{epochs}  {self._figures(trainer)}", soft_wrap=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Leave the full bar on the screen."""
@@ -83,6 +122,15 @@ class TrainingProgress(Callback):
             self._bar.stop()
             self._bar = None
 
-    def _figures(self) -> str:
-        accuracy = "" if self.accuracy is None else f"  val accuracy {100 * self.accuracy:.1f} %"
-        return f"loss {self.loss:.3f}{accuracy}"
+    def _figures(self, trainer: lightning.Trainer) -> str:
+        (began, seen_before, waited_before), (now, seen, waited) = self._looks[0], self._looks[-1]
+        passed = max(1e-9, now - began)
+        wait = max(0.0, waited - waited_before) / passed
+        parts = ["" if self.loss is None else f"loss {self.loss:.3f}"]
+        if self.figure is not None:
+            parts.append(f"{self.figure[0]} {100 * self.figure[1]:.1f} %")
+        parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.1e}")
+        parts.append(f"{(seen - seen_before) / passed:.0f} img/s")
+        if wait >= MUCH_WAITING:
+            parts.append(f"[yellow]{100 * wait:.0f} % waiting for images[/yellow]")
+        return "  ".join(part for part in parts if part)

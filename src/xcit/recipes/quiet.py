@@ -15,6 +15,8 @@ MESSAGES = (
     r".*LeafSpec",  # a name in PyTorch that Lightning still uses
     r".*You are using a `trainer.fit\(ckpt_path",
     r".*The dirpath has changed",
+    r"Grad strides do not match bucket view strides",  # of channels-last kernels; costs a copy of small tensors
+    r".*module\(s\) in eval mode at the start of training",  # the averaged weights, the frozen stem
 )
 
 

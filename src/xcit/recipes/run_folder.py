@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,39 @@ class RunFolder:
         return self.root / "model.safetensors"
 
     @property
+    def last_model(self) -> Path:
+        """The weights after the last epoch, in that form."""
+        return self.root / "model_last.safetensors"
+
+    @property
+    def ema_model(self) -> Path:
+        """The averaged weights of their own best epoch, in that form."""
+        return self.root / "model_ema.safetensors"
+
+    @property
     def last(self) -> Path:
-        """Everything that going on needs, after the last whole epoch."""
+        """Everything that going on needs."""
         return self.root / "last.ckpt"
+
+    @property
+    def log(self) -> Path:
+        """A line every few steps and one an epoch, as JSON."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def provenance(self) -> Path:
+        """Which code ran where, by which command."""
+        return self.root / "provenance.json"
+
+    @property
+    def skipped(self) -> Path:
+        """Images that could not be decoded, with the reasons."""
+        return self.root / "skipped.csv"
+
+    @property
+    def loggers(self) -> Path:
+        """What TensorBoard and the like write."""
+        return self.root / "logs"
 
     @property
     def history(self) -> Path:
@@ -87,9 +118,12 @@ class RunFolder:
         # The settings go last: until then the folder still counts as a run that may be overwritten.
         finished = () if self.resume else (
             *self.samples.glob("*.png"), self.metrics, self.report, self.curves, self.confusion, self.attention,
-            self.heads, self.last, self.model, self.history, self.config,
+            self.heads, self.last, self.model, self.last_model, self.ema_model, self.history, self.log,
+            self.provenance, self.skipped, self.config,
         )  # fmt: skip
         try:
+            if not self.resume:
+                shutil.rmtree(self.loggers, ignore_errors=True)
             for path in (*self.root.glob(".*.partial"), *self.samples.glob(".*.partial"), *finished):
                 path.unlink(missing_ok=True)
         except OSError as err:
@@ -177,5 +211,5 @@ def write_atomic(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as err:
         full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = f"{len(data) / 2**20:.1f} MiB are needed" if full else "name a folder that you may write to"
+        advice = f"{len(data) / 2**20:.1f} MiB are needed; make room" if full else "name a folder that you may write to"
         raise ExportError(f"{path} could not be written: {err.strerror}; {advice}.") from err
