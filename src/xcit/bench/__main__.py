@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-# read when torch loads: its profiler, which measures the CPU's memory, would print a banner each time
+# read when torch loads: its profiler, which measures the CPU's memory, would print a banner each time, and a warning
+# of each tensor of a former step that this one frees
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import tyro
 
@@ -66,6 +68,47 @@ def _backbone(
     _measure(cases.BACKBONE, quick, device, dtype, compile, budget_s, results)
 
 
+@app.command(name="training")
+def _training(
+    quick: bool = False,
+    device: Device = "cpu",
+    compile: bool = False,
+    budget_s: float = 20.0,
+    results: Path = RESULTS,
+) -> None:
+    """Time the whole step of a training run, and measure its memory: our model and timm's in the same task.
+
+    Args:
+        quick: a first look: a small case, printed only.
+        device: where to measure.
+        compile: time torch.compile'd competitors too.
+        budget_s: seconds of timing a case, beyond the least number of rounds.
+        results: folder of the CSV file that grows.
+    """
+    _measure(cases.TRAINING, quick, device, "float32", compile, budget_s, results)
+
+
+@app.command(name="loading")
+def _loading(
+    quick: bool = False,
+    budget_s: float = 20.0,
+    results: Path = RESULTS,
+) -> None:
+    """Time how JPEG files become training batches: our loader and timm's with the same folder and distortions.
+
+    Args:
+        quick: a first look at a few images, printed only.
+        budget_s: seconds of timing a case, beyond the least number of rounds.
+        results: folder of the CSV file that grows.
+    """
+    from xcit.bench.loading import run
+    from xcit.bench.timer import Plan
+
+    plan = Plan(min_rounds=3 if quick else 5, budget_s=0.0 if quick else budget_s, min_sample_ms=0.0)
+    chosen = [cases.LoadingCase(16, 224, 8, 0)] if quick else cases.LOADING_CASES
+    run(chosen, results_dir=None if quick else results, plan=plan)
+
+
 @app.command(name="memory")
 def _memory(
     quick: bool = False,
@@ -102,6 +145,33 @@ def _calibrate(
         results: folder of the CSV file that grows.
     """
     _measure(cases.XCA_FORMS, quick, device, dtype, False, budget_s, results)
+
+
+@app.command(name="ablations")
+def _ablations(
+    recipes: tuple[str, ...] = (),
+    seeds: int = 3,
+    device: Device = "cpu",
+    runs: Path = Path("runs/ablations"),
+    results: Path = RESULTS,
+) -> None:
+    """Train XCiT without each of its parts, and its peers, on the digits; what was trained already is left out.
+
+    Args:
+        recipes: only these; none named: all of the comparison.
+        seeds: runs of each, with the seeds from 0.
+        device: where to train.
+        runs: folder of the run folders.
+        results: folder of the CSV file that grows.
+    """
+    from xcit.bench import ablations
+    from xcit.recipes.interrupts import StoppedError
+
+    try:
+        ablations.run(recipes or ablations.RECIPES, seeds=seeds, results_dir=results, runs_dir=runs, device=device)
+    except StoppedError as stop:
+        print(f"Stopped by {stop}; the same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 @app.command(name="tables")

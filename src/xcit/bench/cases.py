@@ -39,7 +39,38 @@ class BackboneCase:
         return f"{self.architecture} at {self.image_size} px, batch {self.batch_size}, {self.mode}"
 
 
-Case = XCACase | BackboneCase
+@dataclass(frozen=True)
+class TrainingCase:
+    """A training step as a run takes it: mixing, forward, loss on soft targets, backward, AdamW, schedule."""
+
+    architecture: str
+    image_size: int
+    batch_size: int
+
+    @property
+    def mode(self) -> Mode:
+        """It trains."""
+        return "training"
+
+    def __str__(self) -> str:
+        return f"{self.architecture} at {self.image_size} px, batch {self.batch_size}, whole training step"
+
+
+@dataclass(frozen=True)
+class LoadingCase:
+    """An epoch of JPEG files as they are read, distorted and put into batches."""
+
+    num_images: int
+    image_size: int
+    batch_size: int
+    num_workers: int
+
+    def __str__(self) -> str:
+        size = f"{self.num_images} images to {self.image_size} px"
+        return f"{size}, batch {self.batch_size}, {self.num_workers} worker processes"
+
+
+Case = XCACase | BackboneCase | TrainingCase
 
 
 @dataclass(frozen=True)
@@ -57,7 +88,7 @@ class Suite:
     """
 
     name: str
-    case_type: type[XCACase] | type[BackboneCase]
+    case_type: type[XCACase] | type[BackboneCase] | type[TrainingCase]
     cases: tuple[Case, ...]
     quick_cases: tuple[Case, ...]
     baseline: str = "timm"
@@ -154,4 +185,27 @@ BACKBONE = Suite(
     ),
 )
 
-SUITES = {suite.name: suite for suite in (XCA, XCA_FORMS, XCA_MEMORY, BACKBONE)}
+TRAINING = Suite(
+    name="training",
+    case_type=TrainingCase,
+    cases=(TrainingCase("xcit_small_12_p16", 224, 4), TrainingCase("xcit_small_12_p8", 384, 2)),
+    quick_cases=(TrainingCase("xcit_nano_12_p8", 224, 2),),
+    contenders=("auto",),
+)
+
+LOADING_CASES = tuple(LoadingCase(128, 224, 32, num_workers) for num_workers in (0, 1, 2))
+LOADING_COLUMNS = (
+    "date",
+    *(field.name for field in fields(LoadingCase)),
+    "competitor",
+    "images_per_second",
+    "median_ms",
+    "p25_ms",
+    "p75_ms",
+    "ratio_vs_timm",
+    "rounds",
+    *ENVIRONMENT,
+)
+"""Of ``loading.csv``; the times are of one epoch."""
+
+SUITES = {suite.name: suite for suite in (XCA, XCA_FORMS, XCA_MEMORY, BACKBONE, TRAINING)}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit.bench.cases import BackboneCase, Case, Mode, XCACase
+from xcit.bench.cases import BackboneCase, Case, Mode, TrainingCase, XCACase
 from xcit.models.factory import from_timm
 from xcit.models.layers import XCA
 
@@ -65,7 +65,7 @@ def build(
         temperatures and batch-norm statistics too), so that a difference anywhere shows in the outputs.
     """
     torch.manual_seed(SEED)
-    modules = _xca_modules(case, names) if isinstance(case, XCACase) else _backbone_modules(case, names)
+    modules = _xca_modules(case, names) if isinstance(case, XCACase) else _backbone_modules(case.architecture, names)
     contenders = []
     for name, module in modules.items():
         module.to(device=device, dtype=dtype).train(case.mode == "training")
@@ -114,10 +114,10 @@ def _xca_modules(case: XCACase, names: tuple[str, ...]) -> dict[str, nn.Module]:
     return modules
 
 
-def _backbone_modules(case: BackboneCase, names: tuple[str, ...]) -> dict[str, nn.Module]:
+def _backbone_modules(architecture: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
     import timm
 
-    reference = timm.create_model(f"{case.architecture}_224", pretrained=False)
+    reference = timm.create_model(f"{architecture}_224", pretrained=False)
     randomize(reference)
     modules: dict[str, nn.Module] = {}
     for name in names:
@@ -133,6 +133,12 @@ def _backbone_modules(case: BackboneCase, names: tuple[str, ...]) -> dict[str, n
 def _contender(
     name: str, module: nn.Module, call: Callable[..., Any], case: Case, device: torch.device, dtype: torch.dtype
 ) -> Contender:
+    if isinstance(case, TrainingCase):
+        from xcit.bench.training import make_batch, make_task, training_step  # Lightning takes seconds to import
+
+        task = make_task(module, SEED, compiled=call is not module).to(device)
+        step = training_step(task, make_batch(case, device, SEED))
+        return Contender(name, module, step, lambda: module.zero_grad(set_to_none=True))
     # every competitor draws its input from the same seed: equal, but with gradients of its own
     draw = torch.Generator().manual_seed(SEED)
     shape = (

@@ -6,14 +6,16 @@ A figure can thus not differ from what was measured, and a test holds the commit
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xcit.bench import results
-from xcit.bench.cases import BACKBONE, WIDTHS, XCA, XCA_FORMS, XCA_MEMORY, Case, Suite
+from xcit.bench import ablations, results
+from xcit.bench.cases import BACKBONE, LOADING_COLUMNS, TRAINING, WIDTHS, XCA, XCA_FORMS, XCA_MEMORY, Case, Suite
 from xcit.errors import ConfigError, DataError, UnknownNameError
 from xcit.models.zoo import ARCHITECTURES, CHECKPOINTS
+from xcit.recipes.registry import recipes_table
 from xcit.recipes.run_folder import write_atomic
 
 Row = dict[str, str]
@@ -112,6 +114,41 @@ def backbone_table(results_dir: Path) -> str:
     return _competition(BACKBONE, results_dir, ("model", "px", "batch", "mode"), _backbone_cells)
 
 
+def training_table(results_dir: Path) -> str:
+    """The whole step of a training run, our model's against timm's."""
+    return _competition(
+        TRAINING,
+        results_dir,
+        ("model", "px", "batch"),
+        lambda row: (f"`{row['architecture']}`", row["image_size"], row["batch_size"]),
+    )
+
+
+def loading_table(results_dir: Path) -> str:
+    """How fast files become batches, our loader's rate against timm's."""
+    rows = results.read(results_dir / "loading.csv", LOADING_COLUMNS)
+    if not rows:
+        return "Not measured yet: `python -m xcit.bench loading` measures it, `make tables` writes it here."
+    blocks = []
+    for (hardware, python), group in itertools.groupby(
+        sorted(rows, key=lambda row: (row["hardware"], row["python"], row["date"])),
+        key=lambda row: (row["hardware"], row["python"]),
+    ):
+        last = {(row["num_workers"], row["competitor"]): row for row in group}  # of each, the last run's
+        lines = ["| worker processes | timm, images/s | ours, images/s | ratio |", "|--:|--:|--:|--:|"]
+        for workers in sorted({workers for workers, _ in last}, key=int):
+            timm, ours = last[workers, "timm"], last[workers, "xcit"]
+            rates = f"{float(timm['images_per_second']):.0f} | {float(ours['images_per_second']):.0f}"
+            lines.append(f"| {workers} | {rates} | {float(ours['ratio_vs_timm']):.2f}× |")
+        row = next(iter(last.values()))
+        versions = ", ".join(f"{name} {_joined(r[name] for r in last.values())}" for name in ("torch", "timm", "xcit"))
+        days = _joined(r["date"][:10] for r in last.values())
+        what = f"{row['num_images']} JPEG files of 500 × 375 px to {row['image_size']} px, batch {row['batch_size']}"
+        lines += ["", f"{what}; {hardware}; Python {python}, {versions}; {days}."]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
 def memory_table(results_dir: Path) -> str:
     """What one layer saves for the backward pass, for every width."""
 
@@ -161,8 +198,12 @@ def forms_table(results_dir: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "models": models_table,
+    "recipes": lambda results_dir: recipes_table(),
     "xca": xca_table,
     "backbone": backbone_table,
+    "training": training_table,
+    "ablations": ablations.table,
+    "loading": loading_table,
     "memory": memory_table,
     "forms": forms_table,
 }
