@@ -69,7 +69,8 @@ def test_commands_exist(command):
     if words[0] == "make":
         assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     elif words[0] == "xcit":
-        assert_help([Path(sys.executable).with_name("xcit"), words[1]], command)
+        verb = words[1:3] if words[1] == "data" else words[1:2]
+        assert_help([Path(sys.executable).with_name("xcit"), *verb], command)
     elif words[:3] == ["python", "-m", "xcit.bench"]:
         assert_help([sys.executable, "-m", "xcit.bench", words[3]], command)
     else:
