@@ -179,7 +179,7 @@ def test_the_table_has_mean_and_spread(compare, training, tmp_path):
     assert cells(table, "digits_no_lpi")[3:7] == ["3, 1 diverged", "97.50 ± 0.28", "350, 352 of 360", "−6.0"]
     assert cells(table, "digits_no_qk_norm")[3:9] == ["3, 3 diverged", "–", "–", "–", "–", "–"]
     assert cells(table, "digits_vit")[4:7] == ["99.72 ± 0.00", "359, 359, 359 of 360", "+2.0"]
-    assert "40 epochs" in table.splitlines()[-1]
+    assert "10 epochs" in table.splitlines()[-1]
 
 
 def test_rows_of_former_settings_are_not_shown(compare, tmp_path):

@@ -1,4 +1,4 @@
-"""Sampling, data sets and loaders: what is drawn depends on seed, epoch and position alone, and broken files cost one."""
+"""Sampling and loaders: what is drawn depends on seed, epoch and position alone, and a broken file costs one image."""
 
 import random
 from collections import Counter
@@ -49,9 +49,7 @@ def noisy(image):
 def loader(num_workers=0, *, broken=(), batch_size=10, rank=0, world_size=1, repeats=1, share=0.1, count=40):
     sampler = EpochSampler(count, batch_size, seed=5, repeats=repeats, rank=rank, world_size=world_size)
     dataset = TrainImages(image_set(count, broken), noisy)
-    return TrainLoader(
-        dataset, sampler, batch_size // world_size, num_workers=num_workers, max_bad_fraction=share
-    )
+    return TrainLoader(dataset, sampler, batch_size // world_size, num_workers=num_workers, max_bad_fraction=share)
 
 
 def test_an_epoch_draws_every_image_once_in_an_order_of_its_own():
@@ -192,14 +190,14 @@ def test_a_stand_in_brings_its_own_label():
 
 
 def test_too_many_broken_images_stop_the_run():
-    with pytest.raises(DataError, match=r"\d of 40 training images cannot be decoded so far, more than data.max_bad_fraction=0.1"):
+    with pytest.raises(DataError, match=r"\d of 40 training images cannot be decoded .* data\.max_bad_fraction=0\.1"):
         list(loader(broken=range(8), share=0.1))
     assert len(list(loader(broken=range(8), share=0.25))) == 4
 
 
 def test_nothing_but_broken_images():
     dataset = TrainImages(image_set(broken=range(40)), noisy)
-    with pytest.raises(DataError, match="20 images in a row could not be decoded. The first: image 7 is broken"):
+    with pytest.raises(DataError, match=r"20 images in a row could not be decoded\. The first: image 7 is broken"):
         dataset[Draw(7, 1)]
 
 

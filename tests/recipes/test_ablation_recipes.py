@@ -26,7 +26,8 @@ def size(model):
 def test_the_baseline_is_the_quickstarts_model():
     """And that is, in full, this one."""
     config = digits_quickstart()
-    assert ablation("digits_xcit") == replace(config, recipe="digits_xcit")
+    same = replace(config, recipe="digits_xcit", epochs=10, optim=replace(config.optim, warmup_epochs=0.75))
+    assert ablation("digits_xcit") == same
     plain = XCiT(
         patch_size=8,
         in_chans=1,
@@ -52,8 +53,12 @@ def test_the_baseline_is_the_quickstarts_model():
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_only_the_model_differs(name):
-    config = ablation(name)
-    assert replace(config, model=digits_quickstart().model, recipe="digits_quickstart") == digits_quickstart()
+    config, quickstart = ablation(name), digits_quickstart()
+    assert (config.epochs, config.optim.warmup_epochs) == (10, 0.75)  # a quarter of the quickstart's
+    assert (quickstart.epochs, quickstart.optim.warmup_epochs) == (40, 3.0)
+    same = replace(config, model=quickstart.model, recipe="digits_quickstart", epochs=40, optim=quickstart.optim)
+    assert same == quickstart
+    assert config.optim == replace(quickstart.optim, warmup_epochs=0.75)
     assert name == "digits_xcit" or config.model != digits_quickstart().model
 
 

@@ -68,7 +68,7 @@ def test_all_problems_are_named_at_once():
         "model.options is {'depth': [4]}; it must be numbers, words or true/false by name",
         "optim.lr is 'fast'; it must be a number",
         "optim.label_smoothing is 1.5; it must be from 0 to 0.9",
-        "optim.opt is 'adam'; it must be one of adamw, sgd (",
+        "optim.opt is 'adam'; it must be one of adamw, sgd",
         "data is [1]; it must be settings by name",
         "augment.erase is True; it must be a number",
         "augment.repeats is 2.5; it must be a whole number",

@@ -244,7 +244,10 @@ def _configured(recipe: str, changes: dict[str, Any]) -> TrainConfig:
         # A shorter run rises in the same share of its time.
         shorter = config.optim.warmup_epochs * changes["epochs"] / config.epochs
         changes.setdefault("optim.warmup_epochs", round(shorter, 3))
-    return check_config(override(config, changes))
+    config = check_config(override(config, changes))
+    if "distill.teacher" in changes and config.distill.kind == "none":
+        raise ConfigError("A teacher is named, but distill.kind is none; set it to hard or soft, or name no teacher.")
+    return config
 
 
 def _resumed(

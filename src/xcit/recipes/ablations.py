@@ -1,9 +1,11 @@
 """The paper's questions in small: what each part of XCiT is worth, and how its peers do under the same budget.
 
-Every run is the quickstart's (``xcit.recipes.digits``): the embedded digits at 32 px, 16 patches of 8 px, 40 epochs,
-one to three minutes on two CPU cores. The baseline is the quickstart's model; a variant differs from it in one thing
-alone. The peers are timm's, made as large as the baseline: 1.2 M parameters against 1.3 M. 16 tokens and 1,149 images
-are far from what the paper measures: what comes out says how the parts act in small, not how they rank on ImageNet.
+Every run is the quickstart's (``xcit.recipes.digits``) cut to a quarter: the embedded digits at 32 px, 16 patches of
+8 px, 10 epochs, less than a minute on two CPU cores. After the quickstart's 40 epochs all are right on 358 to 360 of
+the 360 held-out digits, and nothing can be told apart. The baseline is the quickstart's model; a variant differs from
+it in one thing alone. The peers are timm's, made as large as the baseline: 1.2 M parameters against 1.3 M. 16 tokens
+and 1,149 images are far from what the paper measures: what comes out says how the parts act in small, not how they rank
+on ImageNet.
 
 Source: the ablations of the paper (no LPI, no L2 norm, no temperature, linear patch projection). One head and average
 pooling are questions of this package.
@@ -15,8 +17,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from xcit.recipes.config import ModelConfig, TrainConfig
-from xcit.recipes.digits import EPOCHS, NUM_TRAIN, digits_quickstart
+from xcit.recipes.digits import NUM_TRAIN, digits_quickstart
 from xcit.recipes.recipe import Recipe, training_cost
+
+EPOCHS = 10
+WARMUP_EPOCHS = 0.75
 
 Options = dict[str, bool | int | float | str]
 
@@ -84,7 +89,8 @@ def ablation(name: str) -> TrainConfig:
     else:
         options = base.model.options | contestant.options
         model = replace(base.model, variant=contestant.variant, options=options)
-    return replace(base, recipe=name, model=model)
+    optim = replace(base.optim, warmup_epochs=WARMUP_EPOCHS)
+    return replace(base, recipe=name, epochs=EPOCHS, model=model, optim=optim)
 
 
 def ablation_recipes() -> list[Recipe]:
@@ -97,8 +103,8 @@ def ablation_recipes() -> list[Recipe]:
             source="timm" if contestant.peer else "this package, after the paper's ablations",
             target="",
             cost=training_cost(EPOCHS, NUM_TRAIN, contestant.gmacs),
-            status="not run",
-            notes="The learning rate was chosen for XCiT." if contestant.peer else "",
+            status="partial",
+            notes="Run with three seeds." + (" The learning rate was chosen for XCiT." if contestant.peer else ""),
         )
         for name, contestant in CONTESTANTS.items()
     ]

@@ -189,6 +189,9 @@ def build_model(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     else:
         pretrained: bool | str = {"none": False, "released": True}.get(wanted.pretrained, wanted.pretrained)
         model = create_model(wanted.name, pretrained=pretrained, **arguments)
+    known = model.pretrained_cfg.get("class_names")
+    if wanted.pretrained != "none" and known and list(known) != list(class_names):
+        model.reset_classifier(num_classes)  # as many classes, but others
     if wanted.variant != "none":
         apply_variant(model, wanted.variant)
     if wanted.surgery != "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import time
@@ -72,6 +73,7 @@ class RunKeeper(Callback):
         stop: whether somebody asked to stop.
         minutes: between two saves within an epoch; 0 for none.
         patience: epochs without a better figure after which the run ends; 0 for never.
+        sharded: no process holds the whole model while it trains.
 
     Attributes:
         history: a row an epoch.
@@ -90,6 +92,7 @@ class RunKeeper(Callback):
         *,
         minutes: float = 0.0,
         patience: int = 0,
+        sharded: bool = False,
     ) -> None:
         self.run = run
         self.parts = parts
@@ -98,6 +101,7 @@ class RunKeeper(Callback):
         self.stop = stop
         self.minutes = minutes
         self.patience = patience
+        self.template = copy.deepcopy(parts.task.model) if sharded else None
         self.history: list[dict[str, float]] = []
         self.skipped: dict[str, set[int]] = {"train": set(), "val": set()}
         self.lines: MetricsLog | None = None
@@ -273,9 +277,22 @@ class RunKeeper(Callback):
         if not self.history:
             return
         if self.best is self.history[-1]:
-            self.save_model(task.model, self.run.model)
+            self.write_model(task, self.run.model)
         if task.ema is not None and max(self.history, key=lambda row: figure_of(row, "ema_")) is self.history[-1]:
             self.save_model(task.ema.module, self.run.ema_model)
+
+    def write_model(self, task: ClassificationTask, path: Path) -> None:
+        """Write the model's weights; sharded ones as they stand in the state that was just saved, where they are whole.
+
+        Raises:
+            ExportError, CheckpointError: the file cannot be written.
+        """
+        if self.template is None:
+            self.save_model(task.model, path)
+            return
+        state = read_file(self.run.last).content["state_dict"]
+        self.template.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        self.save_model(self.template, path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes into the checkpoint."""
@@ -352,8 +369,10 @@ def write_skipped(skipped: Mapping[str, set[int]], parts: Parts, path: Path) -> 
 def skipped_images(skipped: Mapping[str, set[int]], parts: Parts) -> list[tuple[str, str, str]]:
     """Return part, name and reason of each image that could not be decoded, by trying once more."""
     rows = []
-    for part, images in (("train", parts.splits.train), ("val", parts.splits.val)):
-        for index in sorted(skipped[part]):
+    for part, images in (("train", parts.splits.train), ("val", parts.splits.val), ("test", parts.splits.test)):
+        if images is None:
+            continue
+        for index in sorted(skipped.get(part, ())):
             try:
                 images.open(index)
                 reason = "could be decoded at another time"

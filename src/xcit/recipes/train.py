@@ -28,7 +28,7 @@ from xcit.inference.devices import choose_device, describe_device
 from xcit.models.factory import create_model
 from xcit.models.layers import XCABlock
 from xcit.recipes.build import Parts, Share, build, eval_batch_size, no_grad_logits, save_model
-from xcit.recipes.checkpointing import AtomicCheckpointIO, RunKeeper, check_state, skipped_images
+from xcit.recipes.checkpointing import AtomicCheckpointIO, RunKeeper, check_state, skipped_images, write_skipped
 from xcit.recipes.config import TrainConfig, write_config
 from xcit.recipes.interrupts import StopRequest
 from xcit.recipes.logs import build_loggers
@@ -98,6 +98,7 @@ def train(
         stop,
         minutes=config.compute.checkpoint_minutes,
         patience=config.patience,
+        sharded=config.compute.strategy == "fsdp",
     )
     state = run.last if run.resume and run.last.exists() else None
     if state:
@@ -126,7 +127,7 @@ def train(
                 raise
     if share.rank:
         return None
-    saver(parts.task.model, run.last_model)
+    keeper.write_model(parts.task, run.last_model)
     return _conclude(config, run, parts, keeper, device)
 
 
@@ -206,6 +207,11 @@ def _conclude(
     part: Literal["test", "validation"] = "test" if parts.splits.test is not None else "validation"
     images = parts.splits.test or parts.splits.val
     metrics, logits, judged = evaluate_part(config, model, images, parts, device)
+    skipped = dict(keeper.skipped)
+    known = set(judged.names)
+    if part == "test" and len(judged) < len(images):
+        skipped["test"] = {index for index, name in enumerate(images.names) if name not in known}
+        write_skipped(skipped, parts, run.skipped)
     record = RunRecord(
         config=config,
         history=keeper.history,
@@ -215,7 +221,7 @@ def _conclude(
         environment=environment(device),
         splits=parts.splits,
         preprocessing=parts.preprocessing,
-        skipped=skipped_images(keeper.skipped, parts),
+        skipped=skipped_images(skipped, parts),
     )
     write_report(record, run, model, judged, logits)
     # Last: this file says that the run is complete.
@@ -223,7 +229,7 @@ def _conclude(
         part: metrics.to_dict(),
         "val": record.best,
         "epochs": keeper.history,
-        "skipped": {name: len(found) for name, found in keeper.skipped.items()},
+        "skipped": {name: len(found) for name, found in skipped.items()},
         "environment": record.environment,
     }
     write_atomic(run.metrics, (json.dumps(content, indent=2) + "\n").encode())
