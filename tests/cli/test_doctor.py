@@ -23,7 +23,7 @@ def test_it_says_what_is_so(capsys, monkeypatch):
     assert ["kernels", torch.backends.cpu.get_cpu_capability()] in lines
     assert ["cache", "some/where"] in lines
     assert ["network", "forbidden", "by", "XCIT_OFFLINE"] in lines
-    assert ["train", "installed", "(for", "xcit", "quickstart)"] in lines
+    assert ["train", "installed", "(for", "xcit", "train", "and", "quickstart)"] in lines
     assert [line[:3] for line in lines if "form" in line[1:2]] == [
         ["tokens", "form", "works"],
         ["covariance", "form", "works"],
@@ -40,7 +40,7 @@ def test_a_wrong_form_is_found(capsys, monkeypatch):
 def test_a_missing_extra_names_what_to_install(monkeypatch):
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "lightning" else version(name))
-    assert doctor._extras() == [("train", "missing lightning; pip install 'xcit[train]' (for xcit quickstart)")]
+    assert doctor._extras() == [("train", "missing lightning; pip install 'xcit[train]' (for xcit train and quickstart)")]
 
 
 def test_the_extras_are_those_of_the_package():

@@ -23,7 +23,7 @@ def run(code):
 def test_help_names_every_verb_with_its_first_line(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "usage: xcit [-h] {predict,quickstart,models,info,doctor}" in text
+    assert "usage: xcit [-h] {predict,train,eval,data,quickstart,models,info,doctor}" in text
     assert "predict     Name the likeliest classes of images." in text
     assert "Exit status" not in text  # that is what `xcit predict --help` is for
 
@@ -52,7 +52,7 @@ def test_version(capsys, flag):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predikt"], "Available subcommands: predict, quickstart"),
+        (["predikt"], "Available subcommands: predict, train"),
         (["predict", "a.png"], "--model"),
         (["predict", "a.png", "--model", "x", "--batchsize", "3"], "--batch-size"),
         (["predict", "a.png", "--model", "x", "--top-k", "many"], "many"),

@@ -45,7 +45,7 @@ def test_counts_are_those_of_the_parts():
     assert len(list(parts.train_loader)) == 11
     assert facts["steps"] == "4 epochs x 11 = 44"
     assert facts["images seen"].startswith("4,224, ")
-    assert facts["compute"] == f"{3 * madds * 4224 / 1e15:.3g} P multiply-adds in training"
+    assert facts["compute"].endswith(f" = {3 * madds * 4224 / 1e9:.3g} G multiply-adds")
     assert facts["learning rate"] == "peak 9.38e-05 = 0.0005 x 96 / 512; from 1e-06 in 11 steps; ends at 1e-05"
     assert facts["batch"] == "96 images a step: 96 images at once"
     assert facts["teacher"] == "none"

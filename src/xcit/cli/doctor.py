@@ -26,7 +26,9 @@ NUM_TOKENS = (196, 576, 784, 2304, 4096, 16384)
 INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_", "neon", "sve", "bf16", "i8mm")
 """How the names of those extensions begin that matrix products gain from."""
 
-EXTRAS = {"train": (("lightning", "torchmetrics", "scikit-learn", "matplotlib"), "xcit quickstart")}
+EXTRAS = {
+    "train": (("lightning", "torchmetrics", "scikit-learn", "matplotlib", "tensorboard"), "xcit train and quickstart")
+}
 """Of each extra: the packages that it installs, and the verbs that need them."""
 
 

@@ -121,6 +121,10 @@ def train(
                 trainer.fit(parts.task, parts.train_loader, parts.val_loader, ckpt_path=state, weights_only=True)
             except DivergedError as err:
                 raise DivergedError(f"{err} {_last_good(run, keeper)}") from None
+            except SystemExit as end:  # Lightning's answer to a second Ctrl-C
+                if isinstance(end.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from None
+                raise
             except RuntimeError as err:
                 if share.world_size > 1 and PEER_LOST.search(str(err)):
                     raise BackendError(f"Another process of the run ended. {_last_good(run, keeper)}") from None
