@@ -487,6 +487,7 @@ def test_ctrl_c_with_worker_processes_ends_quietly(place):
         [sys.executable, "-c", code, *arguments, "--batch-size", "1"],
         cwd=place, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # heard in background jobs too
     )  # fmt: skip
     try:
         before = ""
