@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from xcit import files
 from xcit.cli.main import main
 from xcit.data.images import open_image
 from xcit.data.labels import imagenet_names
@@ -23,7 +24,6 @@ from xcit.evaluate import resolution, run
 from xcit.inference.predictor import Predictor
 from xcit.models.weights import save_checkpoint
 from xcit.models.xcit import XCiT
-from xcit.recipes import run_folder
 
 NAMES = ["ant", "bee", "cat, wild", "dog", "eel", "fox", "gnu"]
 CFG = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
@@ -168,7 +168,7 @@ def test_a_full_disk_costs_the_file_not_the_figures(capsys, tmp_path, monkeypatc
     def full(*args):
         raise ExportError("o.json could not be written: No space left on device; 0.1 MiB are needed.")
 
-    monkeypatch.setattr(run_folder, "write_atomic", full)
+    monkeypatch.setattr(files, "write_atomic", full)
     status, out, err = xcit_eval(capsys, "--output", str(tmp_path / "o.json"))
     assert status == 2
     assert "top-1" in out

@@ -20,7 +20,7 @@ from xcit.data.images import open_image
 from xcit.data.shard_index import index_shard
 from xcit.data.shards import find_shards
 from xcit.data.sources import open_data, open_eval_set
-from xcit.errors import DataError
+from xcit.errors import DataError, ExportError
 
 
 def png(value=0, size=(5, 4)):
@@ -301,9 +301,9 @@ def test_a_damaged_index_is_made_anew(folder, content):
 
 def test_a_folder_that_cannot_be_written(folder, monkeypatch, caplog):
     def refuse(path, content):
-        raise PermissionError(13, "Permission denied", str(path))
+        raise ExportError(f"{path} could not be written") from PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("xcit.data.shard_index._write_atomic", refuse)
+    monkeypatch.setattr("xcit.data.shard_index.write_atomic", refuse)
     with caplog.at_level(logging.WARNING, logger="xcit"):
         assert len(open_data(folder).train) == 30
     assert caplog.messages[0] == (

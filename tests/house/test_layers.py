@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "xcit"
 
 LEVELS = (
     ("errors",),
+    ("files",),
     ("ops",),
     ("models", "data"),
     ("inference",),

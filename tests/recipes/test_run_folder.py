@@ -1,12 +1,11 @@
 """Who may write into a folder, and writing that leaves either the old or the new."""
 
-import errno
 import os
 
 import pytest
 
 from xcit.errors import ConfigError, ExportError
-from xcit.recipes.run_folder import epochs_done, new_run, open_run, write_atomic
+from xcit.recipes.run_folder import epochs_done, new_run, open_run
 
 
 def unfinished(root):
@@ -89,27 +88,3 @@ def test_a_folder_without_permission(tmp_path):
             new_run(tmp_path)
     finally:
         tmp_path.chmod(0o700)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ExportError, match=r"could not be written: No space left on device; 2.0 MiB are needed"):
-        write_atomic(path, bytes(2 << 20))
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    events = []
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append([p.name for p in tmp_path.iterdir()]), fsync(fd)))
-    write_atomic(tmp_path / "file", b"data")
-    assert len(events) == 1
-    assert "file" not in events[0]
-    assert (tmp_path / "file").read_bytes() == b"data"

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from xcit.errors import DataError
-from xcit.recipes.run_folder import write_atomic
+from xcit.files import write_atomic
 
 ENVIRONMENT = ("device", "hardware", "threads", "python", "torch", "timm", "xcit")
 """Columns that every file has, after its own."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from xcit.bench import ablations, results
 from xcit.bench.cases import BACKBONE, LOADING_COLUMNS, TRAINING, WIDTHS, XCA, XCA_FORMS, XCA_MEMORY, Case, Suite
 from xcit.errors import ConfigError, DataError, UnknownNameError
+from xcit.files import write_atomic
 from xcit.models.zoo import ARCHITECTURES, CHECKPOINTS
 from xcit.recipes.registry import recipes_table
-from xcit.recipes.run_folder import write_atomic
 
 Row = dict[str, str]
 

@@ -379,7 +379,7 @@ def _json(record: dict[str, Any]) -> bytes:
 
 def _write(files: list[tuple[Path | None, bytes]]) -> None:
     """Write the files that were asked for; figures are on stdout by then, whatever the disk says."""
-    from xcit.recipes.run_folder import write_atomic
+    from xcit.files import write_atomic
 
     sys.stdout.flush()
     for path, content in files:

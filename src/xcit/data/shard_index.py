@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +13,8 @@ from typing import Any
 
 from xcit.data.images import EXTENSIONS
 from xcit.data.parts import canonical, listing
-from xcit.errors import DataError
+from xcit.errors import DataError, ExportError
+from xcit.files import write_atomic
 
 BLOCK = tarfile.BLOCKSIZE
 INDEX_VERSION = 1
@@ -50,27 +49,15 @@ def index_shard(path: Path) -> tuple[list[Sample], str]:
             return [(str(key), int(offset), int(size), label) for key, offset, size, label in content["samples"]], ""
     samples = list(_read_through(path))
     try:
-        _write_atomic(kept, json.dumps({"stamp": stamp, "samples": samples}, separators=(",", ":")).encode())
-    except OSError as error:
-        return samples, f"{kept}: {error.strerror}"
+        write_atomic(kept, json.dumps({"stamp": stamp, "samples": samples}, separators=(",", ":")).encode())
+    except ExportError as error:
+        return samples, f"{kept}: {getattr(error.__cause__, 'strerror', error)}"
     return samples, ""
 
 
 def index_of(path: Path) -> Path:
     """Return where the index of a shard is kept."""
     return path.with_name(f"{path.name}.index.json")
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    partial_file = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial_file.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_file.replace(path)
-    finally:
-        partial_file.unlink(missing_ok=True)
 
 
 @dataclass

@@ -5,11 +5,8 @@ A file is judged by its first bytes, not by its name. Nothing in it can run: pic
 """
 
 import argparse
-import errno
-import os
 import pickle
 import re
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xcit.errors import CheckpointError
+from xcit.errors import CheckpointError, ExportError
+from xcit.files import write_atomic
 
 SAFE_CLASSES: list[Any] = [argparse.Namespace]
 """Classes beyond torch's own list that a pickle may hold: the released training checkpoints of XCiT and DINO keep their
@@ -200,18 +198,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """
     contiguous = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     data = safetensors.torch.save(contiguous, metadata=dict(metadata))
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = f"{len(data) / 2**20:.1f} MiB are needed" if full else "choose a path that you may write to"
-        raise CheckpointError(f"{path} could not be written: {err.strerror}; {advice}.") from err
+        write_atomic(path, data)
+    except ExportError as err:
+        raise CheckpointError(str(err)) from err

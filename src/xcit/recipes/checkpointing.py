@@ -18,11 +18,12 @@ from lightning.pytorch.callbacks import Callback
 from xcit.data.batches import LabelledImages
 from xcit.data.loading import TrainLoader
 from xcit.errors import CheckpointError, ConfigError, DataError
+from xcit.files import write_atomic
 from xcit.models.storage import read_file
 from xcit.recipes.build import Parts
 from xcit.recipes.interrupts import StoppedError, StopRequest
 from xcit.recipes.logs import MetricsLog
-from xcit.recipes.run_folder import RunFolder, write_atomic
+from xcit.recipes.run_folder import RunFolder
 from xcit.tasks.classification import ClassificationTask
 
 LOG_EVERY = 10

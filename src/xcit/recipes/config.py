@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import yaml  # type: ignore[import-untyped]
 
 from xcit.errors import ConfigError
-from xcit.recipes.run_folder import write_atomic
+from xcit.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xcit.errors import BackendError, ExportError
+from xcit.files import write_atomic
 from xcit.recipes.config import LogConfig
-from xcit.recipes.run_folder import write_atomic
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

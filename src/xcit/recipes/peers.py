@@ -14,7 +14,7 @@ from torch import nn
 
 from xcit.data.preprocess import Preprocessing
 from xcit.errors import CheckpointError, ConfigError, UnknownNameError
-from xcit.recipes.run_folder import write_atomic
+from xcit.files import write_atomic
 
 PREFIX = "timm:"
 KEY = "timm_model"

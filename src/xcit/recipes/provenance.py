@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from xcit.files import write_atomic
 from xcit.inference.devices import describe_device
 from xcit.recipes.config import TrainConfig
-from xcit.recipes.run_folder import RunFolder, write_atomic
+from xcit.recipes.run_folder import RunFolder
 
 PACKAGES = ("xcit", "torch", "torchvision", "lightning", "timm", "scikit-learn", "numpy", "pillow")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,30 +184,3 @@ def epochs_done(run: RunFolder) -> int:
         return max(0, len(run.history.read_text(encoding="utf-8").splitlines()) - 1)  # the first line is the header
     except OSError:
         return 0
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it holds either all of the data or what it held before, whenever the power goes.
-
-    Args:
-        path: where to; its folder is made if need be.
-        data: the whole content.
-
-    Raises:
-        ExportError: no space, no permission, or the like. No partial file is left behind.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = f"{len(data) / 2**20:.1f} MiB are needed; make room" if full else "name a folder that you may write to"
-        raise ExportError(f"{path} could not be written: {err.strerror}; {advice}.") from err

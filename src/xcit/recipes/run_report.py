@@ -19,10 +19,11 @@ from xcit.data.image_set import DataSplits, ImageSet
 from xcit.data.preprocess import Preprocessing
 from xcit.evaluate.classification import ClassificationMetrics, wilson_interval
 from xcit.evaluate.multi_label import MultiLabelMetrics
+from xcit.files import write_atomic
 from xcit.models.xcit import XCiT
 from xcit.recipes.config import TrainConfig, to_yaml
 from xcit.recipes.report_pictures import Judged, jpeg
-from xcit.recipes.run_folder import RunFolder, write_atomic
+from xcit.recipes.run_folder import RunFolder
 from xcit.report.confusion import MAX_NUMBERED, confusion_figure, most_confused
 from xcit.report.curves import curves_figure, figure_name, pace_figure
 from xcit.report.html import Block, Code, Gallery, KeyFigure, Picture, Prose, Section, Table, html_page

@@ -24,6 +24,7 @@ from xcit.data.loading import eval_loader
 from xcit.errors import BackendError, DataError, XCiTError
 from xcit.evaluate.classification import ClassificationMetrics, classification_metrics
 from xcit.evaluate.multi_label import MultiLabelMetrics, multi_label_metrics
+from xcit.files import write_atomic
 from xcit.inference.devices import choose_device, describe_device
 from xcit.models.factory import create_model
 from xcit.models.layers import XCABlock
@@ -36,7 +37,7 @@ from xcit.recipes.peers import PREFIX, load_peer
 from xcit.recipes.progress import TrainingProgress
 from xcit.recipes.provenance import environment, note_session
 from xcit.recipes.quiet import quiet_lightning
-from xcit.recipes.run_folder import RunFolder, write_atomic
+from xcit.recipes.run_folder import RunFolder
 from xcit.recipes.run_report import RunRecord, write_report
 from xcit.tasks.classification import DivergedError
 
