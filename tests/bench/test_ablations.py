@@ -11,7 +11,7 @@ from xcit.errors import ConfigError, DataError, ExportError, UnknownNameError
 from xcit.recipes.config import AugmentConfig, write_config
 from xcit.recipes.registry import find_recipe
 from xcit.recipes.run_folder import RunFolder
-from xcit.tasks.classification import DivergedError
+from xcit.tasks.task import DivergedError
 
 
 class Training:

@@ -9,8 +9,8 @@ from xcit.inference.costs import count_model_costs
 from xcit.recipes.build import build, build_model
 from xcit.recipes.config import AugmentConfig, DataConfig, TrainConfig, override
 from xcit.recipes.dry_run import lr_plot, plan
-from xcit.tasks.classification import Schedule
 from xcit.tasks.optim import lr_at
+from xcit.tasks.task import Schedule
 
 BASE = override(
     TrainConfig(

@@ -12,7 +12,8 @@ from xcit.data.batches import LabelledImages
 from xcit.data.preprocess import Preprocessing
 from xcit.errors import ConfigError
 from xcit.models.xcit import XCiT
-from xcit.tasks.classification import ClassificationTask, Distillation, DivergedError, Schedule
+from xcit.tasks.classification import ClassificationTask, Distillation
+from xcit.tasks.task import DivergedError, Schedule
 from xcit.tasks.teacher import Teacher
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,7 +72,7 @@ def fit(module, *callbacks, epochs=2, data=None, **options):
 
 def loss_of(module, batch):
     """The loss of one step outside of a trainer; batch norm from its statistics."""
-    module._watch = lambda *_: None
+    module.watch = lambda *_: None
     module.eval()
     return module.training_step(batch, 0)
 
@@ -241,8 +242,8 @@ def test_it_learns_and_its_figures_are_counted_by_the_image():
     data = [labelled(torch.full((1, 16, 16), float(i % 3)) + 0.1 * torch.randn(1, 16, 16), i % 3, i) for i in range(47)]
     module = task(weight_decay=0.0, schedule=SCHEDULE._replace(total_steps=144))
     losses = []
-    watch = module._watch
-    module._watch = lambda loss, n: (losses.append((loss.item(), n)), watch(loss, n))[1]
+    watch = module.watch
+    module.watch = lambda loss, n: (losses.append((loss.item(), n)), watch(loss, n))[1]
     fit(module, epochs=12, data=data)
     assert module.figures["val_accuracy"] > 0.9
     assert module.figures.keys() == {"train_loss", "val_loss", "val_accuracy"}

@@ -116,7 +116,7 @@ def measure(config: TrainConfig, root: Path) -> Row:
         A row, without the columns of date and environment.
     """
     from xcit.recipes.train import train
-    from xcit.tasks.classification import DivergedError
+    from xcit.tasks.task import DivergedError
 
     folder, complete = _folder(config, root)
     diverged = False

@@ -17,7 +17,8 @@ from xcit.data.batches import LabelledImages
 from xcit.recipes.augment import batch_mixer
 from xcit.recipes.config import AugmentConfig, ComputeConfig, OptimConfig
 from xcit.recipes.quiet import quiet_lightning
-from xcit.tasks.classification import ClassificationTask, Schedule
+from xcit.tasks.classification import ClassificationTask
+from xcit.tasks.task import Schedule
 
 NUM_CLASSES = 1000
 RATE = 1e-7

@@ -29,7 +29,8 @@ from xcit.recipes.augment import batch_mixer, train_transform
 from xcit.recipes.config import TrainConfig, check_config
 from xcit.recipes.peers import PREFIX, create_peer, save_peer
 from xcit.recipes.teacher import build_teacher
-from xcit.tasks.classification import ClassificationTask, Distillation, Schedule
+from xcit.tasks.classification import ClassificationTask, Distillation
+from xcit.tasks.task import Schedule
 
 EVAL_BATCH_SIZE = 64
 """Images at once in validation at 224 px; fewer at larger sizes."""

@@ -7,8 +7,8 @@ from xcit.inference.costs import count_model_costs
 from xcit.recipes.build import Parts, trained_tensors
 from xcit.recipes.config import TrainConfig
 from xcit.recipes.recipe import training_cost
-from xcit.tasks.classification import Schedule
 from xcit.tasks.optim import lr_at
+from xcit.tasks.task import Schedule
 
 PLOT_WIDTH = 60
 PLOT_HEIGHT = 6

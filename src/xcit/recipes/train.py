@@ -39,7 +39,7 @@ from xcit.recipes.provenance import environment, note_session
 from xcit.recipes.quiet import quiet_lightning
 from xcit.recipes.run_folder import RunFolder
 from xcit.recipes.run_report import RunRecord, write_report
-from xcit.tasks.classification import DivergedError
+from xcit.tasks.task import DivergedError
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 PEER_LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote worker|heartbeat|watchdog", re.IGNORECASE)

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import lightning
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from xcit.data.batches import LabelledImages
-from xcit.data.sampling import derive_seed, seed_everything
-from xcit.errors import ConfigError, XCiTError
+from xcit.errors import ConfigError
 from xcit.tasks.optim import build_optimizer, build_schedule, decay_table
+from xcit.tasks.task import Schedule, Task
 from xcit.tasks.teacher import Teacher, distillation_loss
 from xcit.tasks.totals import ValidationTotals
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes images (B, C, H, W) and labels (B,), returns mixed images and soft targets (B, classes)."""
-
-
-class DivergedError(XCiTError):
-    """The loss is not a number any more."""
-
-
-class Schedule(NamedTuple):
-    """The learning rate over the steps: a linear rise, then a cosine."""
-
-    lr: float
-    """Its peak."""
-    min_lr: float
-    """Where the cosine ends."""
-    warmup_lr: float
-    """Where the rise begins."""
-    warmup_steps: int
-    """Length of the rise."""
-    total_steps: int
-    """Length of all."""
 
 
 class Distillation(NamedTuple):
@@ -55,8 +35,8 @@ class Distillation(NamedTuple):
     """Temperature of the distribution."""
 
 
-class ClassificationTask(lightning.LightningModule):
-    """Train a classifier; the random numbers of a step follow from seed, epoch, batch and process alone.
+class ClassificationTask(Task):
+    """Train a classifier.
 
     Logs of an epoch are in ``figures`` once it has been validated: ``train_loss`` (of the augmented images, with soft
     targets and the teacher's part), ``val_loss`` (plain), ``val_accuracy`` (top-1, 0 to 1; where an image may have
@@ -105,7 +85,7 @@ class ClassificationTask(lightning.LightningModule):
         freeze: tuple[str, ...] = (),
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed=seed, channels_last=channels_last)
         num_classes = int(getattr(model, "num_classes", 2))
         if num_classes < 2 and not multi_label:
             raise ConfigError(f"num_classes is {num_classes}; a classifier needs 2 classes or more.")
@@ -122,8 +102,6 @@ class ClassificationTask(lightning.LightningModule):
         self.label_smoothing = label_smoothing
         self.mixer = mixer
         self.multi_label = multi_label
-        self.channels_last = channels_last
-        self.seed = seed
         self.frozen = [model.get_submodule(name) for name in freeze]
         for part in self.frozen:
             part.requires_grad_(False)
@@ -134,10 +112,6 @@ class ClassificationTask(lightning.LightningModule):
         # In a list, so that it is no second submodule of the same weights.
         self._forward = [torch.compile(model) if compile else model]
 
-        self.figures: dict[str, float] = {}
-        self._loss_sum: float | Tensor = 0.0
-        self._loss_count = 0
-        self._pending: tuple[Tensor, int, int, float] | None = None
         self._totals = ValidationTotals(multi_label)
         self._ema_totals = ValidationTotals(multi_label)
         self.train()  # the trainer leaves each part in the mode that it finds
@@ -160,17 +134,13 @@ class ClassificationTask(lightning.LightningModule):
         if self.distillation is not None:
             self.distillation.teacher.to(self.device)
 
-    def on_train_batch_start(self, batch: LabelledImages, batch_idx: int) -> None:
-        """Seed the draws of this step: mixing, stochastic depth, dropout."""
-        seed_everything(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
-
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
         """Return the loss of one batch.
 
         Raises:
             DivergedError: the loss is not a number any more.
         """
-        images, targets = self._arranged(batch.images), batch.labels
+        images, targets = self.arranged(batch.images), batch.labels
         if self.mixer is not None:
             images, targets = self.mixer(images, targets)
         logits = self(images)
@@ -178,7 +148,7 @@ class ClassificationTask(lightning.LightningModule):
         if self.distillation is not None:
             teacher, kind, alpha, tau = self.distillation
             loss = distillation_loss(loss, logits, teacher(images), kind=kind, alpha=alpha, tau=tau)
-        self._watch(loss.detach(), len(images))
+        self.watch(loss.detach(), len(images))
         return loss
 
     def _base_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -202,7 +172,7 @@ class ClassificationTask(lightning.LightningModule):
 
     def validation_step(self, batch: LabelledImages, batch_idx: int) -> None:
         """Count what the model gets right of one batch, and what its averaged weights do."""
-        images, wanted = self._arranged(batch.images), batch.decoded
+        images, wanted = self.arranged(batch.images), batch.decoded
         labels = batch.labels[wanted]
         self._totals.update(self(images)[wanted], labels)
         if self.ema is not None:
@@ -214,16 +184,13 @@ class ClassificationTask(lightning.LightningModule):
         Raises:
             DivergedError: the validation loss is not a number any more: the epoch's last step broke the weights.
         """
-        sums = torch.tensor([self._train_loss_sum(), self._loss_count], dtype=torch.float64)
-        train_loss, count = self._over_processes(sums).tolist()
-        self.figures = {"train_loss": train_loss / max(1.0, count)}
+        self.figures = {"train_loss": self.take_train_loss()}
         for prefix, totals in (("", self._totals), ("ema_", self._ema_totals if self.ema is not None else None)):
             if totals is not None:
-                found = totals.compute(self._over_processes, self._gathered)
+                found = totals.compute(self.over_processes, self.gathered)
                 self.figures |= {f"{prefix}{name}": value for name, value in found.items()}
         if not math.isfinite(self.figures["val_loss"]):
-            self._refuse("validation loss", self.figures["val_loss"], self.global_step, self.current_epoch, self._lr())
-        self._loss_sum, self._loss_count = 0.0, 0
+            self.refuse("validation loss", self.figures["val_loss"], self.global_step, self.current_epoch, self.lr())
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule in the form that Lightning expects."""
@@ -233,71 +200,11 @@ class ClassificationTask(lightning.LightningModule):
         scheduler = build_schedule(optimizer, **self.schedule._asdict())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Set the learning rate of the next step."""
-        scheduler.step_update(num_updates=self.global_step)
+    @staticmethod
+    def merit(row: Mapping[str, float], prefix: str = "") -> tuple[float, float]:
+        """Return the accuracy (or mean average precision), and of equals the lowest loss.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the running epoch has summed up so far."""
-        self.check_finite()
-        checkpoint["epoch_so_far"] = {
-            "loss_sum": self._train_loss_sum(),
-            "loss_count": self._loss_count,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with those sums."""
-        so_far = checkpoint["epoch_so_far"]
-        self._loss_sum, self._loss_count = so_far["loss_sum"], so_far["loss_count"]
-
-    def check_finite(self) -> None:
-        """Look at the last step's loss, which on an accelerator is looked at one step late so as not to wait for it.
-
-        Raises:
-            DivergedError: it is not a number, naming step, epoch and learning rate.
+        On a few hundred images many epochs get the same number right.
         """
-        if self._pending is not None:
-            (loss, step, epoch, lr), self._pending = self._pending, None
-            if not bool(torch.isfinite(loss)):
-                self._refuse("loss", loss.item(), step, epoch, lr)
-
-    def _watch(self, loss: Tensor, num_images: int) -> None:
-        self.check_finite()
-        self._pending = (loss, self.global_step, self.current_epoch, self._lr())
-        if loss.device.type == "cpu":
-            self.check_finite()
-        self._loss_sum = (
-            self._loss_sum + loss.to(torch.float64 if loss.device.type != "mps" else torch.float32) * num_images
-        )
-        self._loss_count += num_images
-
-    def _train_loss_sum(self) -> float:
-        return float(self._loss_sum)
-
-    def _refuse(self, what: str, value: float, step: int, epoch: int, lr: float) -> None:
-        raise DivergedError(
-            f"The {what} became {value} at step {step + 1} (epoch {epoch + 1}), with a learning rate of {lr:.2g}; try "
-            f"a lower --lr (a third of it) or a longer warm-up (optim.warmup_epochs)."
-        )
-
-    def _lr(self) -> float:
-        return float(self.trainer.optimizers[0].param_groups[0]["lr"])
-
-    def _arranged(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-    def _over_processes(self, values: Tensor) -> Tensor:
-        """Return the sum over all processes, exactly the values where there is one."""
-        if self.trainer.world_size == 1:
-            return values
-        values = values.to(self.device, torch.float64 if self.device.type != "mps" else torch.float32)
-        torch.distributed.all_reduce(values)
-        return values.cpu()
-
-    def _gathered(self, item: Any) -> list[Any]:
-        """Return what all processes hold, in their order."""
-        if self.trainer.world_size == 1:
-            return [item]
-        items: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(items, item)
-        return items
+        name = f"{prefix}val_map" if f"{prefix}val_map" in row else f"{prefix}val_accuracy"
+        return row[name], -row[f"{prefix}val_loss"]
