@@ -8,9 +8,10 @@ import pytest
 
 from xcit.bench import ablations, results
 from xcit.errors import ConfigError, DataError, ExportError, UnknownNameError
-from xcit.recipes.config import AugmentConfig, write_config
+from xcit.recipes.config import AugmentConfig
 from xcit.recipes.registry import find_recipe
 from xcit.recipes.run_folder import RunFolder
+from xcit.recipes.settings import write_config
 from xcit.tasks.task import DivergedError
 
 

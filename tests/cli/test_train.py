@@ -16,7 +16,7 @@ from PIL import Image
 from xcit.cli import train as verb
 from xcit.cli.main import main
 from xcit.errors import BackendError
-from xcit.recipes.config import read_config
+from xcit.recipes.config_file import read_config
 from xcit.recipes.registry import RECIPES, find_recipe
 
 XCIT = [sys.executable, "-m", "xcit.cli.main", "train"]
@@ -266,7 +266,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(colours, tmp_path, monkey
         "parameters": " M",
         "multiply-adds": "G an image of 16 x 16 px, forward",
         "steps": "3 epochs x 5 = 15",
-        "batch": "10 images a step: 2 images at once x 5 times",
+        "batch": "10 images a step: 2 at once, 5 times",
         "learning rate": "peak 0.002; from 1e-06 in 5 steps; ends at 2e-05",
         "teacher": "none",
         "memory": "for weights, gradients and optimiser",
@@ -298,7 +298,7 @@ def assert_same_weights(ours, theirs):
 
 
 def test_trained_then_refused_to_go_on_then_replaced(colours, tmp_path, capsys, monkeypatch, refused):
-    monkeypatch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+    monkeypatch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
     root = tmp_path / "a run"
     assert main(["train", *command(colours, root)]) == 0
     out, err = capsys.readouterr()
@@ -320,7 +320,7 @@ def test_trained_then_refused_to_go_on_then_replaced(colours, tmp_path, capsys, 
 
 
 def test_a_file_of_other_weights_is_refused(colours, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+    monkeypatch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
     root = tmp_path / "run"
     assert main(["train", *command(colours, root, epochs=1)]) == 0
     wide = [setting.replace("embed_dim=32", "embed_dim=48") for setting in SMALL]
@@ -334,7 +334,7 @@ def test_a_file_of_other_weights_is_refused(colours, tmp_path, refused, monkeypa
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_as_it_is_typed_and_gone_on_with(colours, tmp_path, capsys, monkeypatch, number):
     """A real process, a real signal; going on ends with the weights of a run that nobody stopped."""
-    monkeypatch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+    monkeypatch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
     threads = torch.get_num_threads()
     root, whole = tmp_path / "a run", tmp_path / "whole"
     process = subprocess.Popen(

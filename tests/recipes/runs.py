@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 
 from xcit.data.digits import digit_splits
-from xcit.recipes.config import AugmentConfig, ComputeConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from xcit.recipes.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from xcit.recipes.settings import ComputeConfig
 
 COUNTS = {"train": 19, "val": 5, "test": 6}
 """Images of each digit."""

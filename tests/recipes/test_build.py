@@ -14,7 +14,8 @@ from xcit.models.factory import create_model
 from xcit.models.weights import save_checkpoint
 from xcit.recipes import build as building
 from xcit.recipes.build import build, build_model, choose_preprocessing, eval_batch_size, open_splits, schedule_of
-from xcit.recipes.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
+from xcit.recipes.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from xcit.recipes.settings import override
 
 SIZES = {"train": (12, 4, 7), "val": (3, 3, 3)}
 

@@ -6,16 +6,10 @@ import pytest
 import yaml
 
 from xcit.errors import ConfigError
-from xcit.recipes.config import (
-    DataConfig,
-    TrainConfig,
-    check_config,
-    config_from_dict,
-    override,
-    read_config,
-    write_config,
-)
+from xcit.recipes.config import DataConfig, TrainConfig
+from xcit.recipes.config_file import config_from_dict, read_config
 from xcit.recipes.digits import digits_quickstart
+from xcit.recipes.settings import check_config, override, write_config
 
 SOUND = TrainConfig(recipe="mine", data=DataConfig(root="photos"))
 """Settings that contradict nothing."""

@@ -7,8 +7,9 @@ import torch
 
 from xcit.inference.costs import count_model_costs
 from xcit.recipes.build import build, build_model
-from xcit.recipes.config import AugmentConfig, DataConfig, TrainConfig, override
+from xcit.recipes.config import AugmentConfig, DataConfig, TrainConfig
 from xcit.recipes.dry_run import lr_plot, plan
+from xcit.recipes.settings import override
 from xcit.tasks.optim import lr_at
 from xcit.tasks.task import Schedule
 
@@ -47,7 +48,7 @@ def test_counts_are_those_of_the_parts():
     assert facts["images seen"].startswith("4,224, ")
     assert facts["compute"].endswith(f" = {3 * madds * 4224 / 1e9:.3g} G multiply-adds")
     assert facts["learning rate"] == "peak 9.38e-05 = 0.0005 x 96 / 512; from 1e-06 in 11 steps; ends at 1e-05"
-    assert facts["batch"] == "96 images a step: 96 images at once"
+    assert facts["batch"] == "96 images a step: 96 at once"
     assert facts["teacher"] == "none"
     assert facts["model"] == "xcit_nano_12_p8, random weights"
 
@@ -61,7 +62,7 @@ def test_the_learning_rate_that_is_told_is_the_schedules():
 
 def test_batches_over_devices_and_parts():
     facts = dict(plan(config := override(BASE, {"compute.devices": 2, "optim.accumulate": 4}), build(config)))
-    assert facts["batch"] == "96 images a step: 12 images at once x 4 times x on 2 devices"
+    assert facts["batch"] == "96 images a step: 12 at once, 4 times on each of 2 devices"
 
 
 def test_what_is_frozen_is_not_counted_as_trained(tmp_path):

@@ -1,7 +1,7 @@
 """The recipes for a user's own images."""
 
-from xcit.recipes.config import check_config, override
 from xcit.recipes.finetune import finetune, own_recipes, scratch
+from xcit.recipes.settings import check_config, override
 
 
 def test_finetuning_begins_with_released_weights_and_hardly_distorts():

@@ -45,12 +45,12 @@ figures by 2e-7 at the most; the smallest changes of a setting tried (alpha of t
 def record(config, root, monkeypatch):
     """Train, and return the loss of each step and the figures of the last epoch."""
     losses = []
-    watch = ClassificationTask._watch
+    watch = ClassificationTask.watch
     with monkeypatch.context() as patch, runs.one_thread():
         patch.setattr(
-            ClassificationTask, "_watch", lambda task, loss, n: (losses.append(loss.item()), watch(task, loss, n))[1]
+            ClassificationTask, "watch", lambda task, loss, n: (losses.append(loss.item()), watch(task, loss, n))[1]
         )
-        patch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+        patch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
         train(config, run := new_run(root))
     last = runs.history(run)[-1]
     return losses, {name: float(last[name]) for name in ("train_loss", "val_loss", "ema_val_loss")}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from xcit.recipes.config import write_config
+from xcit.recipes.settings import write_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 import runs
@@ -25,14 +25,14 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from xcit.recipes import checkpointing, run_folder, train as training
-from xcit.recipes.config import read_config
+from xcit.recipes import checkpointing, classification_job, train as training
+from xcit.recipes.config_file import read_config
 from xcit.recipes.run_folder import open_run
 from xcit.tasks.classification import ClassificationTask
 
 torch.set_num_threads(1)
 kind, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-training.write_report = lambda *_: None
+classification_job.write_report = lambda *_: None
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "step":  # when a training step begins

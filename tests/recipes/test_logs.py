@@ -15,8 +15,8 @@ from lightning.pytorch import loggers
 
 from xcit.errors import BackendError, ExportError
 from xcit.recipes import logs
-from xcit.recipes.config import LogConfig
 from xcit.recipes.logs import MetricsLog, build_loggers
+from xcit.recipes.settings import LogConfig
 
 
 def rows(path):

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from xcit.data.sampling import derive_seed, seed_everything
-from xcit.recipes.build import Share, build
-from xcit.recipes.config import write_config
+from xcit.recipes.build import build
+from xcit.recipes.job import Share
 from xcit.recipes.run_folder import RunFolder
+from xcit.recipes.settings import write_config
 
 sys.path.insert(0, str(Path(__file__).parent))
+import dino_runs
 import runs
 
 pytestmark = pytest.mark.slow
@@ -33,11 +35,11 @@ RECORD = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from xcit.recipes import train as training
-from xcit.recipes.config import read_config
+from xcit.recipes import classification_job, train as training
+from xcit.recipes.config_file import read_config
 from xcit.recipes.run_folder import RunFolder
 from xcit.tasks.classification import ClassificationTask
-training.write_report = lambda *_: None
+classification_job.write_report = lambda *_: None
 folder = Path(sys.argv[1])
 seen, judged = [], []
 step = ClassificationTask.optimizer_step
@@ -118,6 +120,47 @@ def test_two_processes_agree_with_one_that_averages_the_halves(tmp_path):
     assert judged == sorted(list(range(50)) * 2)
     row = json.loads(run.metrics.read_text())["epochs"][-1]
     assert round(50 * row["val_accuracy"], 6) == round(50 * row["val_accuracy"])
+
+
+CENTRES = """
+import os, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from xcit.recipes import dino_job, train as training
+from xcit.recipes.config_file import read_config
+from xcit.recipes.run_folder import RunFolder
+from xcit.tasks.dino import DinoTask
+dino_job.write_dino_report = lambda *_: None
+folder, seen = Path(sys.argv[1]), []
+step = DinoTask.optimizer_step
+def recording(task, *arguments, **options):
+    step(task, *arguments, **options)
+    weight = next(task.teacher.parameters())
+    seen.append((task.center.clone(), weight.detach().clone()))
+DinoTask.optimizer_step = recording
+training.train(read_config(folder / "config.yaml"), RunFolder(folder))
+torch.save(seen, folder / f"centres{os.environ['RANK']}.pt")
+"""
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_of_dino_share_centre_teacher_and_probe(tmp_path):
+    from xcit.recipes.launch import launch
+
+    config = dino_runs.TINY_DINO
+    run = RunFolder(tmp_path / "run")
+    run.root.mkdir()
+    write_config(replace(config, compute=replace(config.compute, devices=2)), run.config)
+    assert launch(["-c", CENTRES, str(run.root)], 2) == 0
+    ours, theirs = (torch.load(run.root / f"centres{rank}.pt") for rank in range(2))
+    assert len(ours) == len(theirs) == config.epochs * dino_runs.STEPS
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert torch.equal(mine[1], other[1])
+    assert not torch.equal(ours[0][0], ours[1][0])  # it moves
+    content = json.loads(run.metrics.read_text())
+    assert content["knn"]["k"]["5"]["num_images"] == 50
+    assert content["epochs"][-1]["knn_accuracy"] == content["knn"]["k"]["5"]["accuracy"]
 
 
 def command(*arguments):

@@ -7,9 +7,10 @@ import pytest
 
 from xcit.errors import UnknownNameError
 from xcit.models.zoo import CHECKPOINTS
-from xcit.recipes.config import check_config, config_from_dict, override, to_yaml
+from xcit.recipes.config_file import config_from_dict
 from xcit.recipes.recipe import training_cost
 from xcit.recipes.registry import RECIPES, find_recipe, recipes_table
+from xcit.recipes.settings import check_config, override, to_yaml
 
 STATUSES = ("reproduced", "partial", "not run")
 

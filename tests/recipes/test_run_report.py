@@ -331,7 +331,7 @@ def test_the_digits_keep_their_names_and_their_story(tmp_path):
 def test_one_of_each_class_and_of_many_classes_some():
     images = image_set(np.arange(60) % 30, [str(i) for i in range(30)])
     logits = logits_for(images, wrong=(0, 1, 31))
-    judged = Judged(images, logits, PREPARE, Peer())
+    judged = Judged(images, PREPARE, Peer(), logits)
     assert list(judged.one_of_each_class(right=False)) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
     right = judged.one_of_each_class(right=True)
     assert len(right) == 10
@@ -344,7 +344,7 @@ def test_labels_in_a_sheet_are_short_and_drawable():
     names = ("\u51ac", "an endless name of a kind of bird that nobody knows", "owl")
     images = image_set([0, 1, 2, 1], names)
     logits = logits_for(images, wrong=(0, 3))
-    judged = Judged(images, logits, PREPARE, Peer())
+    judged = Judged(images, PREPARE, Peer(), logits)
     labels = [judged.answer(i).label for i in range(4)]
     assert labels[2] == "owl, 99 % sure"
     assert labels[0].splitlines()[0] == "class 0"
@@ -355,7 +355,7 @@ def test_labels_in_a_sheet_are_short_and_drawable():
 def test_a_thumbnail_is_the_part_that_the_model_sees():
     images = image_set([0], ("a", "b"))
     half = replace(PREPARE, crop_pct=0.5)
-    ((_, (picture,)),) = Judged(images, torch.tensor([[1.0, 0.0]]), half, Peer()).pictures([0])
+    ((_, (picture,)),) = Judged(images, half, Peer(), torch.tensor([[1.0, 0.0]])).pictures([0])
     assert picture.size == (160, 160)
     whole = images.open(0)  # 24 x 20: of the resized image the middle half, so the middle 10 x 10 pixels
     expected = whole.crop((7, 5, 17, 15)).resize((160, 160), Image.Resampling.BICUBIC)

@@ -34,7 +34,7 @@ def _one_thread():
 @pytest.fixture
 def no_report(monkeypatch):
     """The page takes seconds to draw; one test below is about it."""
-    monkeypatch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+    monkeypatch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
 
 
 def picture(label, number):
@@ -331,7 +331,7 @@ def test_rare_classes_weigh_more(tmp_path, capsys, no_report):
 def plain_run(tidy, tmp_path_factory):
     run = tmp_path_factory.mktemp("plain") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+        patch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
         assert train(tidy, run) == 0
     return run
 

@@ -21,9 +21,12 @@ from xcit.errors import BackendError, CheckpointError, ConfigError, ExportError,
 from xcit.inference.predictor import Predictor
 from xcit.recipes import checkpointing
 from xcit.recipes.build import build
-from xcit.recipes.config import AugmentConfig, OptimConfig, read_config, write_config
+from xcit.recipes.classification_job import ClassificationJob
+from xcit.recipes.config import AugmentConfig, OptimConfig
+from xcit.recipes.config_file import read_config
 from xcit.recipes.interrupts import StoppedError, StopRequest
 from xcit.recipes.run_folder import new_run, open_run
+from xcit.recipes.settings import write_config
 from xcit.recipes.train import train
 from xcit.tasks.classification import ClassificationTask
 
@@ -43,7 +46,7 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """The page takes seconds to draw; the whole run below has it."""
-    monkeypatch.setattr("xcit.recipes.train.write_report", lambda *_: None)
+    monkeypatch.setattr("xcit.recipes.classification_job.write_report", lambda *_: None)
 
 
 class Killed(BaseException):
@@ -174,10 +177,9 @@ def test_averaged_weights_are_the_formula(finished, tmp_path):
 def test_the_best_epoch_is_kept(tmp_path, figures, best, figure):
     saved = []
     run = new_run(tmp_path / "run")
-    parts = build(TINY)
-    keeper = checkpointing.RunKeeper(
-        run, parts, lambda model, path: saved.append((model, path)), settings={}, stop=StopRequest()
-    )
+    job = ClassificationJob(TINY)
+    job.save = lambda model, path: saved.append((model, path))
+    keeper = checkpointing.RunKeeper(run, job, settings={}, stop=StopRequest())
     keeper._start_clock()
 
     class Trainer:
@@ -188,7 +190,9 @@ def test_the_best_epoch_is_kept(tmp_path, figures, best, figure):
     for epoch, (accuracy, loss) in enumerate(figures):
         Trainer.current_epoch = epoch
         logged = {"train_loss": 1.0, "val_loss": loss, figure: accuracy}
-        keeper.on_train_epoch_end(Trainer, SimpleNamespace(model=epoch + 1, figures=logged, ema=None))
+        keeper.on_train_epoch_end(
+            Trainer, SimpleNamespace(model=epoch + 1, epoch_figures=lambda logged=logged: logged, ema=None)
+        )
     assert saved[-1] == (best, run.model)
     assert keeper.best["epoch"] == best
 
@@ -324,7 +328,7 @@ def test_a_run_stopped_after_training_only_writes_its_report(finished, tmp_path,
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("xcit.recipes.train.write_report", stop)
+        patch.setattr("xcit.recipes.classification_job.write_report", stop)
         with pytest.raises(Killed):
             train(TINY, run)
     state = run.last.read_bytes()
@@ -368,7 +372,7 @@ def test_a_run_without_progress_ends_early_and_stays_ended(tmp_path, monkeypatch
     config = replace(TINY, epochs=12, patience=2, optim=replace(TINY.optim, lr=0.0, min_lr=0.0, warmup_lr=0.0))
     run = new_run(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("xcit.recipes.train.write_report", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("xcit.recipes.classification_job.write_report", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train(config, run)
     epochs = len(runs.history(run))
@@ -384,10 +388,12 @@ def test_a_run_without_progress_ends_early_and_stays_ended(tmp_path, monkeypatch
 def test_a_state_of_other_settings_is_refused(tmp_path, monkeypatch):
     run = new_run(tmp_path / "run")
     kill_at(monkeypatch, run, STEPS + 1)
+    before = run.config.read_bytes()
     with pytest.raises(ConfigError, match=r"\(epochs\) are not those that .* was trained with"):
         train(replace(TINY, epochs=9), open_run(run.root))
     with pytest.raises(ConfigError, match=r"\(model\) are not those that .* was trained with"):
         train(replace(TINY, model=replace(TINY.model, drop_path_rate=0.2)), open_run(run.root))
+    assert run.config.read_bytes() == before  # with which the run can be gone on with after all
 
 
 def test_something_else_than_a_state_is_refused(tmp_path):

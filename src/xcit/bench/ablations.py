@@ -15,9 +15,9 @@ from typing import Any
 from xcit.bench import results
 from xcit.errors import ConfigError, UnknownNameError
 from xcit.recipes.ablations import CONTESTANTS
-from xcit.recipes.config import TrainConfig
 from xcit.recipes.registry import find_recipe
 from xcit.recipes.run_folder import RunFolder, new_run, open_run
+from xcit.recipes.settings import RunConfig
 
 RECIPES = tuple(CONTESTANTS)
 """Of the comparison, the baseline first."""
@@ -26,7 +26,7 @@ COLUMNS = (
     "date", "recipe", "settings", "seed", "epochs", "parameters", "multiply_adds", "val_accuracy", "test_correct",
     "test_images", "train_loss", "minutes", "diverged", *results.ENVIRONMENT,
 )  # fmt: skip
-NOT_DECISIVE = ("seed", "compute", "log")
+NOT_DECISIVE = ("seed", "compute", "log", "task")
 """Settings that are no part of what is compared."""
 
 Row = dict[str, str]
@@ -37,7 +37,7 @@ def path(results_dir: Path) -> Path:
     return results_dir / "ablations.csv"
 
 
-def settings_digest(config: TrainConfig) -> str:
+def settings_digest(config: RunConfig) -> str:
     """Return a short name of the settings that decide what is compared: rows of other settings are not mixed up.
 
     What is switched off (0, none, empty) does not count, so that a setting that is new and off leaves old rows valid.
@@ -105,7 +105,7 @@ def run(
     return rows
 
 
-def measure(config: TrainConfig, root: Path) -> Row:
+def measure(config: RunConfig, root: Path) -> Row:
     """Train one recipe, or read what a complete run of it gave.
 
     Args:
@@ -138,9 +138,9 @@ def measure(config: TrainConfig, root: Path) -> Row:
     return row | (_figures_so_far(folder) if diverged else _figures(folder))
 
 
-def _folder(config: TrainConfig, root: Path) -> tuple[RunFolder, bool]:
+def _folder(config: RunConfig, root: Path) -> tuple[RunFolder, bool]:
     """Return the folder to train in, and whether the run in it is complete."""
-    from xcit.recipes.config import read_config
+    from xcit.recipes.config_file import read_config
 
     there = RunFolder(root)
     try:

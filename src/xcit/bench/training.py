@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from xcit.bench.cases import TrainingCase
 from xcit.data.batches import LabelledImages
 from xcit.recipes.augment import batch_mixer
-from xcit.recipes.config import AugmentConfig, ComputeConfig, OptimConfig
+from xcit.recipes.config import AugmentConfig, OptimConfig
 from xcit.recipes.quiet import quiet_lightning
+from xcit.recipes.settings import ComputeConfig
 from xcit.tasks.classification import ClassificationTask
 from xcit.tasks.task import Schedule
 

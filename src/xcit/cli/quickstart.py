@@ -49,9 +49,10 @@ def quickstart(
         )
     from rich.console import Console
 
-    from xcit.recipes.config import check_config, override, read_config
+    from xcit.recipes.config_file import read_config
     from xcit.recipes.digits import digits_quickstart, expected_minutes
     from xcit.recipes.run_folder import epochs_done, new_run, open_run
+    from xcit.recipes.settings import check_config, override
 
     changes = {"epochs": epochs, "seed": seed, "compute.device": device}
     changes = {name: value for name, value in changes.items() if value is not None}

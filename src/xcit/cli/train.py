@@ -17,8 +17,9 @@ from xcit.errors import BackendError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xcit.recipes.config import TrainConfig
+    from xcit.recipes.dino_job import DinoResult
     from xcit.recipes.run_folder import RunFolder
+    from xcit.recipes.settings import RunConfig
 
 TRAIN_EXTRA = {
     "lightning": "lightning",
@@ -42,6 +43,8 @@ FLAGS = {
     "precision": "compute.precision",
 }
 """Flags and the settings that they are short for."""
+FLAGS_OF_TASK: dict[str, dict[str, str]] = {"dino": {"image_size": "crops.global_size", "teacher": ""}}
+"""Where they mean another setting, or "" none."""
 WHILE_RESUMING = ("compute.", "log.")
 """Settings that may change when a run is gone on with."""
 OWN = ""
@@ -69,7 +72,7 @@ def train(
     dry_run: Annotated[bool, FlagCreatePairsOff] = False,
     list: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> int:
-    """Train a classifier by a recipe: on your own images, as in the paper, or distilled from a teacher.
+    """Train by a recipe: a classifier on your own images or as in the paper, or without labels (DINO).
 
     Examples: `xcit train finetune --data photos/`,
     `xcit train xcit_small_12_p16_224_dist --data /data/imagenet --devices 8`,
@@ -110,16 +113,15 @@ def train(
     if list:
         return _list(recipe)
     require_train_extra()
-    changes = _changes(given, set)
     if resume is not None:
-        run, config = _resumed(resume, recipe, changes, out, overwrite)
+        run, config = _resumed(resume, recipe, given, set, out, overwrite)
     else:
         if recipe is None:
             raise ConfigError(
                 "Name a recipe, such as finetune for your own images (xcit train --list shows all), or a config.yaml, "
                 "or --resume FOLDER."
             )
-        config = _configured(recipe, changes)
+        config = _configured(recipe, given, set)
         run = None
     from rich.console import Console
 
@@ -132,7 +134,7 @@ def train(
     return execute(config, run, console, sys.argv[1:])
 
 
-def execute(config: TrainConfig, run: RunFolder, console: Console, command: Sequence[str]) -> int:
+def execute(config: RunConfig, run: RunFolder, console: Console, command: Sequence[str]) -> int:
     """Train, in as many processes as the settings say, and tell how it ended.
 
     Args:
@@ -148,7 +150,7 @@ def execute(config: TrainConfig, run: RunFolder, console: Console, command: Sequ
     from xcit.recipes.launch import launch, needs_launch
 
     if needs_launch(config.compute.devices):
-        from xcit.recipes.config import check_config
+        from xcit.recipes.settings import check_config
 
         check_config(config)
         return launch(["-m", "xcit.cli.main", *command], config.compute.devices)
@@ -173,6 +175,9 @@ def show_result(metrics: Any, run: RunFolder, console: Console) -> None:
 
     from rich.markup import escape
 
+    if hasattr(metrics, "collapse"):
+        _show_dino(metrics, run, console)
+        return
     part = "test" if "test" in json.loads(run.metrics.read_text(encoding="utf-8")) else "validation"
     kind = "held-out" if part == "test" else "validation"
     if hasattr(metrics, "accuracy_interval"):
@@ -197,6 +202,35 @@ def show_result(metrics: Any, run: RunFolder, console: Console) -> None:
         console.print(f"  [dim]{what:<8}[/dim]{escape(value)}", soft_wrap=True)
 
 
+def _show_dino(result: DinoResult, run: RunFolder, console: Console) -> None:
+    """Print what a run without labels came to."""
+    from rich.markup import escape
+
+    if result.knn is not None:
+        k, found = max(result.knn.accuracies.items(), key=lambda item: item[1].top1)
+        low, high = found.interval
+        text = (
+            f"[bold]the nearest neighbours tell the class of {100 * found.top1:.1f} % of the probe's images[/bold] "
+            f"(k = {k}; {found.num_correct} of {found.num_images}; 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+        )
+    else:
+        text = f"[bold]{result.figures['epoch']:.0f} epochs, loss {result.figures['train_loss']:.3f}[/bold]"
+    console.print(f"\n{text}", soft_wrap=True)
+    if result.collapse:
+        console.print(
+            f"  [yellow]collapsed: {result.collapse}; the features are of little use[/yellow]", soft_wrap=True
+        )
+    model = _quoted(run.model)
+    for what, value in (
+        ("report", str(run.report)),
+        ("try it", f"xcit attend IMAGE --model {model} --out maps"),
+        ("", f"xcit embed IMAGES/ --model {model} -o features.parquet"),
+    ):
+        console.print(f"  [dim]{what:<8}[/dim]{escape(value)}", soft_wrap=True)
+    if run.skipped.exists():
+        console.print(f"  [dim]{'skipped':<8}[/dim]some images could not be decoded: {run.skipped}", soft_wrap=True)
+
+
 def require_train_extra() -> None:
     """Refuse to train without the packages for it.
 
@@ -211,9 +245,13 @@ def require_train_extra() -> None:
         )
 
 
-def _changes(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def _changes(task: str, given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return the settings that flags and --set replace."""
-    changes: dict[str, Any] = {FLAGS[name]: value for name, value in given.items()}
+    flags = FLAGS | FLAGS_OF_TASK.get(task, {})
+    idle = [name for name in given if not flags[name]]
+    if idle:
+        raise ConfigError(f"--{idle[0].replace('_', '-')} is not for this recipe, whose task is {task}.")
+    changes: dict[str, Any] = {flags[name]: value for name, value in given.items()}
     if "teacher" in given:
         changes["distill.kind"] = OWN  # filled in when the recipe's own is known
     broken = [setting for setting in settings if "=" not in setting]
@@ -222,7 +260,7 @@ def _changes(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         name, _, value = setting.partition("=")
         if changes.get(name, OWN) != OWN:
-            flag = next((flag for flag, target in FLAGS.items() if target == name), None)
+            flag = next((flag for flag, target in flags.items() if target == name), None)
             raise ConfigError(
                 f"{name} is given twice" + (f", by --{flag.replace('_', '-')} and --set." if flag else ".")
             )
@@ -230,32 +268,39 @@ def _changes(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def _configured(recipe: str, changes: dict[str, Any]) -> TrainConfig:
-    from xcit.recipes.config import check_config, override, read_config
+def _configured(recipe: str, given: dict[str, Any], settings: Sequence[str]) -> RunConfig:
+    from xcit.recipes.config import TrainConfig
+    from xcit.recipes.config_file import read_config
     from xcit.recipes.registry import find_recipe
+    from xcit.recipes.settings import check_config, override
 
     is_file = recipe.endswith((".yaml", ".yml"))
     config = read_config(Path(recipe)) if is_file else find_recipe(recipe).make()
-    if changes.get("distill.kind") == OWN:
+    changes = _changes(config.task, given, settings)
+    if changes.get("distill.kind") == OWN and isinstance(config, TrainConfig):
         changes["distill.kind"] = "hard" if config.distill.kind == "none" else config.distill.kind
     if "data.root" in changes and config.data.format == "digits":
         changes.setdefault("data.format", "auto")
     if not is_file and isinstance(changes.get("epochs"), int) and 0 < changes["epochs"] < config.epochs:
         # A shorter run rises in the same share of its time.
-        shorter = config.optim.warmup_epochs * changes["epochs"] / config.epochs
-        changes.setdefault("optim.warmup_epochs", round(shorter, 3))
+        for name in config.lengths:
+            part, _, last = name.partition(".")
+            shorter = getattr(getattr(config, part), last) * changes["epochs"] / config.epochs
+            changes.setdefault(name, round(shorter, 3))
     config = check_config(override(config, changes))
-    if "distill.teacher" in changes and config.distill.kind == "none":
+    if "distill.teacher" in changes and isinstance(config, TrainConfig) and config.distill.kind == "none":
         raise ConfigError("A teacher is named, but distill.kind is none; set it to hard or soft, or name no teacher.")
     return config
 
 
 def _resumed(
-    resume: Path, recipe: str | None, changes: dict[str, Any], out: Path | None, overwrite: bool
-) -> tuple[RunFolder, TrainConfig]:
-    from xcit.recipes.config import check_config, override, read_config
+    resume: Path, recipe: str | None, given: dict[str, Any], settings: Sequence[str], out: Path | None, overwrite: bool
+) -> tuple[RunFolder, RunConfig]:
+    from xcit.recipes.config_file import read_config
     from xcit.recipes.run_folder import open_run
+    from xcit.recipes.settings import check_config, override
 
+    changes = _changes("classification", given, settings)  # what may change is called the same in all tasks
     refused = [name for name in changes if not name.startswith(WHILE_RESUMING)]
     if recipe is not None or out is not None or overwrite or refused:
         raise ConfigError(
@@ -266,7 +311,7 @@ def _resumed(
     return run, check_config(override(read_config(run.config), changes))
 
 
-def _folder(config: TrainConfig, out: Path | None, overwrite: bool) -> RunFolder:
+def _folder(config: RunConfig, out: Path | None, overwrite: bool) -> RunFolder:
     """Make the run folder; of several processes only the first does."""
     import os
 
@@ -278,13 +323,12 @@ def _folder(config: TrainConfig, out: Path | None, overwrite: bool) -> RunFolder
     return new_run(root, overwrite=overwrite)
 
 
-def _dry_run(config: TrainConfig, console: Console) -> int:
+def _dry_run(config: RunConfig, console: Console) -> int:
     from rich.markup import escape
 
-    from xcit.recipes.build import build
-    from xcit.recipes.dry_run import plan
+    from xcit.recipes.train import open_job
 
-    for name, text in plan(config, build(config)):
+    for name, text in open_job(config).plan():
         for i, line in enumerate(text.splitlines()):
             console.print(f"  [dim]{name if i == 0 else '':<15}[/dim]{escape(line)}", soft_wrap=True)
     console.print("\nNothing was trained or written.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,33 @@ from xcit.errors import DataError
 
 MAX_TRIES = 20
 """Images in a row that cannot be decoded. With a tenth of all broken, so many are a matter of 1 in 10^20."""
+
+
+class Opened(NamedTuple):
+    """What came of a draw."""
+
+    image: Image.Image
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
+    """Its position in the set."""
+    decoded: bool
+    """Whether it is the image that was drawn, and not one that stands in for it."""
+
+
+def open_drawn(images: ImageSet, draw: Draw) -> Opened:
+    """Return the drawn image, or where it cannot be decoded another one, which the draw's seed decides.
+
+    Raises:
+        DataError: nor can any of the next so many be decoded; with the reason of the first.
+    """
+    index, seed = draw
+    first: DataError | None = None
+    for attempt in range(MAX_TRIES):
+        try:
+            return Opened(images.open(index), index, first is None)
+        except DataError as err:
+            first = first or err
+            index = derive_seed(seed, attempt) % len(images)
+    raise DataError(f"{MAX_TRIES} images in a row could not be decoded. The first: {first}")
 
 
 class TrainImages(Dataset[LabelledImages]):
@@ -43,21 +71,12 @@ class TrainImages(Dataset[LabelledImages]):
         """Return one drawn image.
 
         Raises:
-            DataError: nor can any of the next so many be decoded; with the reason of the first.
+            DataError: too many images in a row cannot be decoded; with the reason of the first.
         """
-        index, seed = draw
-        first: DataError | None = None
-        for attempt in range(MAX_TRIES):
-            try:
-                image = self.images.open(index)
-            except DataError as err:
-                first = first or err
-                index = derive_seed(seed, attempt) % len(self.images)
-                continue
-            with seeded(seed):
-                pixels = self.transform(image)
-            return LabelledImages(pixels, self.labels[index], torch.tensor(draw.index), torch.tensor(first is None))
-        raise DataError(f"{MAX_TRIES} images in a row could not be decoded. The first: {first}")
+        opened = open_drawn(self.images, draw)
+        with seeded(draw.seed):
+            pixels = self.transform(opened.image)
+        return LabelledImages(pixels, self.labels[opened.index], torch.tensor(draw.index), torch.tensor(opened.decoded))
 
 
 class EvalImages(Dataset[LabelledImages]):

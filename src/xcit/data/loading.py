@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from xcit.data.batches import LabelledImages
 from xcit.data.datasets import EvalImages, TrainImages
+from xcit.data.multi_crop import CropImages
 from xcit.data.sampling import EpochSampler, ShareSampler
 from xcit.errors import DataError
 
@@ -19,11 +20,11 @@ PREFETCH = 4
 """Batches that each worker process prepares ahead."""
 
 
-class TrainLoader(DataLoader[LabelledImages]):
+class TrainLoader(DataLoader[Any]):
     """Batches of an epoch's draws. Its state is a position; what lies ahead in worker processes needs no saving.
 
     Args:
-        dataset: the images.
+        dataset: the images, each distorted once or in several views.
         sampler: their order.
         batch_size: images that this process computes at once; divides the sampler's length.
         num_workers: processes that decode and distort; 0 does it in this one, with the same outcome.
@@ -35,12 +36,12 @@ class TrainLoader(DataLoader[LabelledImages]):
         bad: positions of images that could not be decoded so far.
     """
 
-    dataset: TrainImages
+    dataset: TrainImages | CropImages
     sampler: EpochSampler
 
     def __init__(
         self,
-        dataset: TrainImages,
+        dataset: TrainImages | CropImages,
         sampler: EpochSampler,
         batch_size: int,
         *,
@@ -63,7 +64,7 @@ class TrainLoader(DataLoader[LabelledImages]):
             generator=torch.Generator(),  # its draws leave the global generator alone
         )
 
-    def __iter__(self) -> Iterator[LabelledImages]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches that are left of the epoch.
 
         Raises:

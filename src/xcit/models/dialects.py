@@ -50,6 +50,8 @@ class Translated(NamedTuple):
     dialect: str
     has_average: bool
     """The file also holds an exponential moving average that was not taken."""
+    projection: State
+    """DINO's projection head, under its own names without a prefix; {} where there is none."""
 
 
 def to_official(content: Any, *, name: str, dino_network: Network | None = None, ema: bool = False) -> Translated:
@@ -80,7 +82,7 @@ def to_official(content: Any, *, name: str, dino_network: Network | None = None,
         state = _unwrap(content, name, ema)
     has_average = not ema and any(key in content for key in _AVERAGED)
 
-    state = _strip_prefixes(_tensors_only(state, name))
+    state, projection = _strip_prefixes(_tensors_only(state, name))
     if any(key.startswith(_PIXEL_HEADS) for key in state):
         raise CheckpointError(
             f"{name} holds a detection or segmentation model; this version of xcit has classifiers and backbones."
@@ -89,7 +91,7 @@ def to_official(content: Any, *, name: str, dino_network: Network | None = None,
         state, dialect = {_renamed(key, _MMPRETRAIN): tensor for key, tensor in state.items()}, "mmpretrain"
     elif any(key.startswith("pos_embed.") for key in state) or "cls_attn_blocks.0.attn.q.weight" in state:
         state, dialect = {re.sub(r"^pos_embed\.", "pos_embeder.", key): t for key, t in state.items()}, "timm"
-    return Translated(_join_class_attention(state), dialect or "official", has_average)
+    return Translated(_join_class_attention(state), dialect or "official", has_average, projection)
 
 
 def _unwrap(content: Mapping[str, Any], name: str, ema: bool) -> Mapping[str, Any]:
@@ -117,13 +119,15 @@ def _tensors_only(state: Mapping[str, Any], name: str) -> State:
     return {str(key): tensor for key, tensor in state.items()}
 
 
-def _strip_prefixes(state: State) -> State:
+def _strip_prefixes(state: State) -> tuple[State, State]:
+    """Return the backbone's weights (a classifier's too), and DINO's projection head if there is one beside it."""
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    if any(key.startswith(_BACKBONE) for key in state):
-        # beside a backbone, "head.mlp" and "head.last_layer" are DINO's projection, "head.fc" mmpretrain's classifier
-        state = {k.removeprefix(_BACKBONE): tensor for k, tensor in state.items() if not _DINO_HEAD.match(k)}
-    return state
+    if not any(key.startswith(_BACKBONE) for key in state):
+        return state, {}
+    # beside a backbone, "head.mlp" and "head.last_layer" are DINO's projection, "head.fc" mmpretrain's classifier
+    projection = {k.removeprefix("head."): tensor for k, tensor in state.items() if _DINO_HEAD.match(k)}
+    return {k.removeprefix(_BACKBONE): tensor for k, tensor in state.items() if not _DINO_HEAD.match(k)}, projection
 
 
 def _renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:

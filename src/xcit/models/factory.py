@@ -64,13 +64,13 @@ def create_model(
             are not in this version.
         CheckpointError: the weights cannot be had or do not fit.
     """
-    _check_overrides(overrides)
+    check_overrides(overrides)
     name = os.fspath(name)
     if name.startswith(_HUB) or _is_file(name):
         if not isinstance(pretrained, bool):
             raise ConfigError(f"{name} brings its own weights; leave pretrained={os.fspath(pretrained)!r} out.")
         file = _self_described(name)
-        return _with_weights(file.config or {}, file, num_classes, in_chans, overrides)
+        return with_weights(file.config or {}, file, num_classes, in_chans, overrides)
 
     architecture, released = find(name)
     if released and released.task not in _BUILDS:
@@ -83,7 +83,7 @@ def create_model(
         }
         return XCiT(**architecture.config | config | overrides)
     file = _weights(architecture, released, pretrained)
-    return _with_weights(architecture.config, file, num_classes, in_chans, overrides)
+    return with_weights(architecture.config, file, num_classes, in_chans, overrides)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -98,7 +98,8 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in (*ARCHITECTURES, *stems) if fnmatchcase(name, pattern)]
 
 
-def _check_overrides(overrides: dict[str, Any]) -> None:
+def check_overrides(overrides: dict[str, Any]) -> None:
+    """Raise ConfigError for options that ``XCiT`` does not have, naming the nearest."""
     sentences = []
     for name in overrides.keys() - set(_OPTIONS):
         near = get_close_matches(name, _OPTIONS, n=1)
@@ -140,7 +141,7 @@ def _weights(architecture: Architecture, released: Checkpoint | None, pretrained
     return replace(read_weights(released.url), name=released.stem, cfg=released.pretrained_cfg)
 
 
-def _with_weights(
+def with_weights(
     config: dict[str, Any], file: WeightFile, num_classes: int | None, in_chans: int | None, overrides: dict[str, Any]
 ) -> XCiT:
     """Build the model that the weights fit exactly; change only then what the caller asked to have otherwise."""

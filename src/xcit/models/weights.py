@@ -7,7 +7,7 @@ dialect (``xcit.models.dialects``) into a model that exists. ``xcit.models.facto
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +23,9 @@ from xcit.models.zoo import CHECKPOINTS, IMAGENET_MEAN, IMAGENET_STD, Checkpoint
 
 FORMAT_VERSION = 1
 """Of the metadata that ``save_checkpoint`` writes; raised when an older xcit could not read a newer file."""
+
+DESCRIPTION = "xcit"
+"""Where a pickle of ours holds its ``description``; safetensors have metadata."""
 
 _VERSION_KEY, _CONFIG_KEY, _CFG_KEY = "xcit.format_version", "xcit.config", "xcit.pretrained_cfg"
 _FIRST_CONV = "patch_embed.proj.0.0.weight"
@@ -53,6 +56,8 @@ class WeightFile:
     """The model's arguments, where the file holds them."""
     cfg: dict[str, Any] | None = None
     """Its ``pretrained_cfg``, likewise."""
+    projection: State = field(default_factory=dict)
+    """DINO's projection head, where the file holds one beside the backbone."""
 
 
 def save_checkpoint(
@@ -88,7 +93,7 @@ def save_checkpoint(
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
         raise ConfigError("The model is on the meta device: it has shapes but no weights to save.")
-    _refuse_not_finite(state, "The model", "it is not saved, and a file under that name stays as it was")
+    refuse_not_finite(state, "The model", "it is not saved, and a file under that name stays as it was")
 
     cfg = dict(model.pretrained_cfg)
     if preprocessing is not None:
@@ -103,14 +108,18 @@ def save_checkpoint(
         known = layout_of(state)
         architecture = known.architecture.id if known and known.architecture else None
         cfg = {"label_set": None, "class_names": None, "checkpoint": None, "architecture": architecture} | cfg
-    metadata = {
-        "format": "pt",
-        _VERSION_KEY: str(FORMAT_VERSION),
-        _CONFIG_KEY: json.dumps(model.config),
-        _CFG_KEY: json.dumps(cfg),
-    }
-    write_safetensors(path, state, metadata)
+    write_safetensors(path, state, {"format": "pt"} | description(model.config, cfg))
     return path
+
+
+def description(config: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a file says of its model, for ``read_weights`` to find: a safetensors file in its metadata.
+
+    Args:
+        config: the model's arguments.
+        cfg: its ``pretrained_cfg``.
+    """
+    return {_VERSION_KEY: str(FORMAT_VERSION), _CONFIG_KEY: json.dumps(config), _CFG_KEY: json.dumps(cfg)}
 
 
 def load_checkpoint(
@@ -162,8 +171,9 @@ def read_weights(
     weights = to_official(stored.content, name=name, dino_network=dino_network, ema=ema)
     if weights.has_average:
         _log.info("%s also holds a moving average of its weights; ema=True would take that.", name)
-    config, cfg = _read_metadata(stored.metadata, name)
-    return WeightFile(name, weights.state, weights.dialect, layout_of(weights.state), config, cfg)
+    own = stored.content.get(DESCRIPTION) if isinstance(stored.content, Mapping) else None
+    config, cfg = _read_metadata(own if isinstance(own, Mapping) else stored.metadata, name)
+    return WeightFile(name, weights.state, weights.dialect, layout_of(weights.state), config, cfg, weights.projection)
 
 
 def fit(model: XCiT, file: WeightFile, *, keep_head: bool = False, overridden: Collection[str] = ()) -> None:
@@ -197,7 +207,7 @@ def fit(model: XCiT, file: WeightFile, *, keep_head: bool = False, overridden: C
     for key, tensor in given.items():
         if tensor.is_floating_point() != expected[key].is_floating_point():
             raise CheckpointError(f"{file.name}: {key} is stored as {tensor.dtype}, not as floating-point weights.")
-    _refuse_not_finite(given, file.name, "training has diverged or the file is damaged; use an earlier one")
+    refuse_not_finite(given, file.name, "training has diverged or the file is damaged; use an earlier one")
 
     stored = {tensor.dtype for tensor in given.values() if tensor.is_floating_point()}
     own = {tensor.dtype for tensor in expected.values() if tensor.is_floating_point()}
@@ -246,13 +256,13 @@ def _cfg_of(file: WeightFile, model: XCiT, keep_head: bool) -> dict[str, Any]:
     return cfg
 
 
-def _read_metadata(metadata: Mapping[str, str], name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _read_metadata(metadata: Mapping[str, Any], name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     if _VERSION_KEY not in metadata:
         return None, None
     try:
         version = int(metadata[_VERSION_KEY])
         config, cfg = json.loads(metadata[_CONFIG_KEY]), json.loads(metadata[_CFG_KEY])
-    except (KeyError, ValueError) as err:
+    except (KeyError, TypeError, ValueError) as err:
         raise CheckpointError(f"{name} has damaged xcit metadata ({err}); save or download it again.") from err
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -271,7 +281,8 @@ def bare(model: nn.Module) -> XCiT:
     return model
 
 
-def _refuse_not_finite(state: Mapping[str, Tensor], name: str, advice: str) -> None:
+def refuse_not_finite(state: Mapping[str, Tensor], name: str, advice: str) -> None:
+    """Raise CheckpointError if a value is NaN or infinite, naming the first tensor."""
     bad = [k for k, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
         raise CheckpointError(f"{name} has NaN or infinite values in {len(bad)} tensors (first: {bad[0]}); {advice}.")

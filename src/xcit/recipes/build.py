@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +23,12 @@ from xcit.errors import ConfigError, DataError
 from xcit.models.factory import create_model
 from xcit.models.variants import apply_variant
 from xcit.models.weights import save_checkpoint
-from xcit.models.zoo import CHECKPOINTS, find
+from xcit.models.zoo import CHECKPOINTS, IMAGENET_MEAN, IMAGENET_STD, find
 from xcit.recipes.augment import batch_mixer, train_transform
-from xcit.recipes.config import TrainConfig, check_config
+from xcit.recipes.config import TrainConfig
+from xcit.recipes.job import Share
 from xcit.recipes.peers import PREFIX, create_peer, save_peer
+from xcit.recipes.settings import check_config
 from xcit.recipes.teacher import build_teacher
 from xcit.tasks.classification import ClassificationTask, Distillation
 from xcit.tasks.task import Schedule
@@ -36,19 +37,12 @@ EVAL_BATCH_SIZE = 64
 """Images at once in validation at 224 px; fewer at larger sizes."""
 MEASURED_IMAGES = 2000
 """At most so many images give mean and standard deviation where these are measured."""
+RGB = (IMAGENET_MEAN, IMAGENET_STD)
+"""Mean and standard deviation where neither weights nor images give any."""
 GREY = ((0.449,), (0.226,))
 """ImageNet's mean and standard deviation of the three channels together."""
 
 _log = logging.getLogger("xcit")
-
-
-class Share(NamedTuple):
-    """Which of the run's processes this one is."""
-
-    rank: int = 0
-    """From 0."""
-    world_size: int = 1
-    """How many there are."""
 
 
 class Parts(NamedTuple):
@@ -258,16 +252,23 @@ def choose_preprocessing(config: TrainConfig, model: nn.Module, train: ImageSet)
     data = config.data
     cfg = getattr(model, "pretrained_cfg", None) or {}
     mean, std = cfg.get("mean"), cfg.get("std")
-    prepare = partial(Preprocessing, (data.image_size, data.image_size), in_chans=data.in_chans, crop_pct=data.crop_pct)
+    size = (data.image_size, data.image_size)
     if data.normalize == "data":
-        mean, std = _measured(prepare(mean=(0.0,) * data.in_chans, std=(1.0,) * data.in_chans), train)
+        mean, std = measure_statistics(train, size, data.in_chans, data.crop_pct)
     elif not mean or not std or len(mean) != data.in_chans or config.model.pretrained == "none":
-        mean, std = GREY if data.in_chans == 1 else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return prepare(mean=tuple(mean), std=tuple(std))
+        mean, std = GREY if data.in_chans == 1 else RGB
+    return Preprocessing(size, tuple(mean), tuple(std), in_chans=data.in_chans, crop_pct=data.crop_pct)
 
 
-def _measured(unit: Preprocessing, train: ImageSet) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over images spread evenly through the set."""
+def measure_statistics(
+    train: ImageSet, size: tuple[int, int], in_chans: int, crop_pct: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel over images spread evenly through the set, as prepared.
+
+    Raises:
+        DataError: none of these images can be decoded.
+    """
+    unit = Preprocessing(size, (0.0,) * in_chans, (1.0,) * in_chans, in_chans=in_chans, crop_pct=crop_pct)
     chosen = np.unique(np.linspace(0, len(train) - 1, MEASURED_IMAGES).astype(np.int64))
     count = total = squares = torch.zeros(unit.in_chans, dtype=torch.float64)
     for index in chosen.tolist():
@@ -280,7 +281,7 @@ def _measured(unit: Preprocessing, train: ImageSet) -> tuple[list[float], list[f
         raise DataError("None of the training images can be decoded; look at them with xcit data check.")
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=1e-8).sqrt()
-    return [round(value, 4) for value in mean.tolist()], [max(1e-4, round(value, 4)) for value in std.tolist()]
+    return tuple(round(value, 4) for value in mean.tolist()), tuple(max(1e-4, round(v, 4)) for v in std.tolist())
 
 
 def eval_batch_size(image_size: int) -> int:

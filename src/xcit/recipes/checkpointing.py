@@ -6,7 +6,7 @@ import copy
 import csv
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from xcit.data.batches import LabelledImages
+from xcit.data.batches import Crops, LabelledImages
+from xcit.data.image_set import ImageSet
 from xcit.data.loading import TrainLoader
 from xcit.errors import CheckpointError, ConfigError, DataError
 from xcit.files import write_atomic
 from xcit.models.storage import read_file
-from xcit.recipes.build import Parts
 from xcit.recipes.interrupts import StoppedError, StopRequest
+from xcit.recipes.job import Job
 from xcit.recipes.logs import MetricsLog
 from xcit.recipes.run_folder import RunFolder
-from xcit.tasks.classification import ClassificationTask
+from xcit.tasks.task import Task
 
 LOG_EVERY = 10
 """Steps between two lines of the log."""
@@ -52,15 +53,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomic(Path(path), buffer.getvalue())
 
 
-def figure_of(row: Mapping[str, float], prefix: str = "") -> tuple[float, float]:
-    """Return what epochs are compared by: the accuracy (or mean average precision), and of equals the lowest loss.
-
-    On a few hundred images many epochs get the same number right.
-    """
-    name = f"{prefix}val_map" if f"{prefix}val_map" in row else f"{prefix}val_accuracy"
-    return row[name], -row[f"{prefix}val_loss"]
-
-
 class RunKeeper(Callback):
     """Note the figures, save the state, and keep the weights that are the best so far.
 
@@ -68,8 +60,7 @@ class RunKeeper(Callback):
 
     Args:
         run: where to.
-        parts: what is trained on what.
-        save_model: writes a model's weights, in the form they are used in, to a path.
+        job: what is trained on what.
         settings: of the run; they go into its state, for ``check_state``.
         stop: whether somebody asked to stop.
         minutes: between two saves within an epoch; 0 for none.
@@ -86,8 +77,7 @@ class RunKeeper(Callback):
     def __init__(
         self,
         run: RunFolder,
-        parts: Parts,
-        save_model: Callable[[torch.nn.Module, Path], Any],
+        job: Job,
         settings: dict[str, Any],
         stop: StopRequest,
         *,
@@ -96,15 +86,14 @@ class RunKeeper(Callback):
         sharded: bool = False,
     ) -> None:
         self.run = run
-        self.parts = parts
+        self.job = job
         self.settings = settings
-        self.save_model = save_model
         self.stop = stop
         self.minutes = minutes
         self.patience = patience
-        self.template = copy.deepcopy(parts.task.model) if sharded else None
+        self.template = copy.deepcopy(job.task.model) if sharded else None
         self.history: list[dict[str, float]] = []
-        self.skipped: dict[str, set[int]] = {"train": set(), "val": set()}
+        self.skipped: dict[str, set[int]] = {part: set() for part in job.images if part != "test"}
         self.lines: MetricsLog | None = None
         self.saved_step = 0
         self._position: Any = None
@@ -116,19 +105,19 @@ class RunKeeper(Callback):
     @property
     def loader(self) -> TrainLoader:
         """Where the training batches come from."""
-        return self.parts.train_loader
+        return self.job.train_loader
 
     @property
     def best(self) -> Mapping[str, float]:
         """The row of the epoch whose weights are kept."""
-        return max(self.history, key=figure_of)
+        return max(self.history, key=self.job.task.merit)
 
     @property
     def exhausted(self) -> bool:
         """Whether so many epochs brought nothing better that the run ends early."""
         return bool(self.patience and self.history) and len(self.history) - self.best["epoch"] >= self.patience
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: ClassificationTask) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Task) -> None:  # type: ignore[override]
         """Write the best weights once more if the state is theirs: the run may have been killed just before it did."""
         if trainer.is_global_zero:
             self.lines = MetricsLog(self.run.log)
@@ -153,9 +142,9 @@ class RunKeeper(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self,
         trainer: lightning.Trainer,
-        pl_module: ClassificationTask,
+        pl_module: Task,
         outputs: Any,
-        batch: LabelledImages,
+        batch: LabelledImages | Crops,
         batch_idx: int,
     ) -> None:
         """Log, save and stop where it is time to.
@@ -164,7 +153,7 @@ class RunKeeper(Callback):
             StoppedError: it was asked for, and the state is saved.
         """
         accumulate = trainer.accumulate_grad_batches
-        self._epoch_images += len(batch.images) * trainer.world_size
+        self._epoch_images += len(batch.indices) * trainer.world_size
         self._steps_in_line += 1
         if (batch_idx + 1) % accumulate:
             return  # gradients that are summed up are in no state
@@ -194,7 +183,7 @@ class RunKeeper(Callback):
         stop, due_somewhere = wanted.tolist()
         return int(stop), bool(due_somewhere)
 
-    def _log_step(self, trainer: lightning.Trainer, outputs: Any, batch: LabelledImages) -> None:
+    def _log_step(self, trainer: lightning.Trainer, outputs: Any, batch: LabelledImages | Crops) -> None:
         assert self.lines is not None
         now, waited = time.perf_counter(), self.loader.wait_seconds
         passed = max(1e-9, now - self._lines_began)
@@ -206,7 +195,7 @@ class RunKeeper(Callback):
                 "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             },
             timing={
-                "images_per_second": self._steps_in_line * len(batch.images) * trainer.world_size / passed,
+                "images_per_second": self._steps_in_line * len(batch.indices) * trainer.world_size / passed,
                 "data_wait": (waited - self._waited) / passed,
             },
         )
@@ -225,7 +214,7 @@ class RunKeeper(Callback):
         if not bool(batch.decoded.all()):
             self.skipped["val"].update(batch.indices[~batch.decoded].tolist())
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: ClassificationTask) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Task) -> None:  # type: ignore[override]
         """Note, keep and save.
 
         Raises:
@@ -236,7 +225,7 @@ class RunKeeper(Callback):
         self._gather_skipped(trainer)
         row = {
             "epoch": trainer.current_epoch + 1,
-            **pl_module.figures,
+            **pl_module.epoch_figures(),
             "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "seconds": seconds,
             "images_per_second": self._epoch_images / seconds,
@@ -264,36 +253,36 @@ class RunKeeper(Callback):
             found: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(found, self.skipped)
             self.skipped = {part: set().union(*(each[part] for each in found)) for part in self.skipped}
-        val, share = self.parts.splits.val, self.loader.max_bad_fraction
-        if len(self.skipped["val"]) > share * len(val):
+        val, share = self.job.images.get("val"), self.loader.max_bad_fraction
+        if val is not None and len(self.skipped["val"]) > share * len(val):
             raise DataError(
                 f"{len(self.skipped['val'])} of {len(val)} validation images cannot be decoded, more than "
                 f"data.max_bad_fraction={share:g} allows (one is {val.names[min(self.skipped['val'])]}). Look at them "
                 f"with xcit data check, or allow more."
             )
         if trainer.is_global_zero and any(self.skipped.values()):
-            write_skipped(self.skipped, self.parts, self.run.skipped)
+            write_skipped(self.skipped, self.job.images, self.run.skipped)
 
-    def _keep_best(self, task: ClassificationTask) -> None:
+    def _keep_best(self, task: Task) -> None:
         if not self.history:
             return
         if self.best is self.history[-1]:
             self.write_model(task, self.run.model)
-        if task.ema is not None and max(self.history, key=lambda row: figure_of(row, "ema_")) is self.history[-1]:
-            self.save_model(task.ema.module, self.run.ema_model)
+        if task.ema is not None and max(self.history, key=lambda row: task.merit(row, "ema_")) is self.history[-1]:
+            self.job.save(task.ema.module, self.run.ema_model)
 
-    def write_model(self, task: ClassificationTask, path: Path) -> None:
+    def write_model(self, task: Task, path: Path) -> None:
         """Write the model's weights; sharded ones as they stand in the state that was just saved, where they are whole.
 
         Raises:
             ExportError, CheckpointError: the file cannot be written.
         """
         if self.template is None:
-            self.save_model(task.model, path)
+            self.job.save(task.model, path)
             return
         state = read_file(self.run.last).content["state_dict"]
         self.template.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        self.save_model(self.template, path)
+        self.job.save(self.template, path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes into the checkpoint."""
@@ -346,7 +335,8 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
         ExportError: the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for row in history for name in row)  # some figures are not of every epoch
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(
         {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in history
@@ -354,7 +344,7 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def write_skipped(skipped: Mapping[str, set[int]], parts: Parts, path: Path) -> None:
+def write_skipped(skipped: Mapping[str, set[int]], images: Mapping[str, ImageSet], path: Path) -> None:
     """Write which images could not be decoded, and why.
 
     Raises:
@@ -363,21 +353,19 @@ def write_skipped(skipped: Mapping[str, set[int]], parts: Parts, path: Path) -> 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("part", "image", "reason"))
-    writer.writerows(skipped_images(skipped, parts))
+    writer.writerows(skipped_images(skipped, images))
     write_atomic(path, text.getvalue().encode())
 
 
-def skipped_images(skipped: Mapping[str, set[int]], parts: Parts) -> list[tuple[str, str, str]]:
+def skipped_images(skipped: Mapping[str, set[int]], images: Mapping[str, ImageSet]) -> list[tuple[str, str, str]]:
     """Return part, name and reason of each image that could not be decoded, by trying once more."""
     rows = []
-    for part, images in (("train", parts.splits.train), ("val", parts.splits.val), ("test", parts.splits.test)):
-        if images is None:
-            continue
+    for part, found in images.items():
         for index in sorted(skipped.get(part, ())):
             try:
-                images.open(index)
+                found.open(index)
                 reason = "could be decoded at another time"
             except DataError as err:
                 reason = str(err)
-            rows.append((part, images.names[index], reason))
+            rows.append((part, found.names[index], reason))
     return rows

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from xcit.data.image_set import ImageSet
 from xcit.inference.costs import count_model_costs
 from xcit.recipes.build import Parts, trained_tensors
-from xcit.recipes.config import TrainConfig
+from xcit.recipes.config import OptimConfig, TrainConfig
+from xcit.recipes.dino_config import DinoOptimConfig
+from xcit.recipes.job import Fact
 from xcit.recipes.recipe import training_cost
 from xcit.tasks.optim import lr_at
 from xcit.tasks.task import Schedule
@@ -13,8 +18,6 @@ from xcit.tasks.task import Schedule
 PLOT_WIDTH = 60
 PLOT_HEIGHT = 6
 BLOCKS = " ▁▂▃▄▅▆▇█"
-
-Fact = tuple[str, str]
 
 
 def plan(config: TrainConfig, parts: Parts) -> list[Fact]:
@@ -46,7 +49,7 @@ def plan(config: TrainConfig, parts: Parts) -> list[Fact]:
         ("batch", _batch(config)),
         ("images seen", f"{config.epochs * images:,}, each {_views(config)} an epoch on average"),
         ("compute", training_cost(config.epochs, images, costs.multiply_adds / 1e9)),
-        ("learning rate", _rates(config, task.schedule)),
+        ("learning rate", rate_text(config.lr, optim, task.schedule.warmup_lr, task.schedule.warmup_steps)),
         ("", "\n".join(lr_plot(task.schedule))),
         ("teacher", _teacher(config)),
         ("memory", _memory(config, total, trained, costs.training_bytes)),
@@ -55,14 +58,27 @@ def plan(config: TrainConfig, parts: Parts) -> list[Fact]:
 
 def lr_plot(schedule: Schedule, width: int = PLOT_WIDTH, height: int = PLOT_HEIGHT) -> list[str]:
     """Return the learning rate over the steps as lines of text, the highest first."""
-    settings = schedule._asdict()
-    steps = [round(i * (schedule.total_steps - 1) / max(1, width - 1)) for i in range(width)]
-    rates = [lr_at(step, **settings) for step in steps]
+    return lr_lines(partial(lr_at, **schedule._asdict()), schedule.total_steps, width, height)
+
+
+def lr_lines(
+    rate_at: Callable[[int], float], total_steps: int, width: int = PLOT_WIDTH, height: int = PLOT_HEIGHT
+) -> list[str]:
+    """Return a learning rate over the steps as lines of text, the highest first.
+
+    Args:
+        rate_at: of a step, from 0.
+        total_steps: of the run.
+        width: in characters.
+        height: in lines.
+    """
+    steps = [round(i * (total_steps - 1) / max(1, width - 1)) for i in range(width)]
+    rates = [rate_at(step) for step in steps]
     top = max(rates)
     levels = [round(rate / top * height * 8) if top else 0 for rate in rates]
     lines = ["".join(BLOCKS[min(8, max(0, level - 8 * row))] for level in levels) for row in reversed(range(height))]
     lines[0] = f"{lines[0]}  {top:.2g}"
-    lines[-1] = f"{lines[-1]}  {rates[-1]:.2g} at step {schedule.total_steps:,}"
+    lines[-1] = f"{lines[-1]}  {rates[-1]:.2g} at step {total_steps:,}"
     return lines
 
 
@@ -71,12 +87,9 @@ def _held_out(test: ImageSet | None) -> str:
 
 
 def _batch(config: TrainConfig) -> str:
-    parts = [f"{config.micro_batch_size} images at once"]
-    if config.optim.accumulate > 1:
-        parts.append(f"{config.optim.accumulate} times")
-    if config.world_size > 1:
-        parts.append(f"on {config.world_size} devices")
-    return f"{config.optim.batch_size} images a step: {' x '.join(parts)}"
+    times = f", {config.optim.accumulate} times" if config.optim.accumulate > 1 else ""
+    devices = f" on each of {config.world_size} devices" if config.world_size > 1 else ""
+    return f"{config.optim.batch_size} images a step: {config.micro_batch_size} at once{times}{devices}"
 
 
 def _views(config: TrainConfig) -> str:
@@ -84,11 +97,11 @@ def _views(config: TrainConfig) -> str:
     return "once" if repeats == 1 else f"drawn {repeats} times with a chance of 1 in {repeats}: once"
 
 
-def _rates(config: TrainConfig, schedule: Schedule) -> str:
-    optim = config.optim
+def rate_text(lr: float, optim: OptimConfig | DinoOptimConfig, warmup_lr: float, warmup_steps: int) -> str:
+    """Return the learning rate in words: its peak and where that comes from, its rise, its end."""
     origin = f" = {optim.lr:g} x {optim.batch_size} / {optim.lr_batch}" if optim.lr_batch else ""
-    rise = f"; from {schedule.warmup_lr:g} in {schedule.warmup_steps:,} steps" if schedule.warmup_steps else ""
-    return f"peak {schedule.lr:.3g}{origin}{rise}; ends at {schedule.min_lr:g}"
+    rise = f"; from {warmup_lr:g} in {warmup_steps:,} steps" if warmup_steps else ""
+    return f"peak {lr:.3g}{origin}{rise}; ends at {optim.min_lr:g}"
 
 
 def _teacher(config: TrainConfig) -> str:
@@ -108,12 +121,13 @@ def _memory(config: TrainConfig, total: int, trained: int, training_bytes: int) 
     if config.compute.precision != "32":
         activations = activations // 2
     if config.model.grad_checkpointing:
-        return f"{_mib(4 * floats)} for weights and optimiser; activations are computed again where they are needed"
+        return f"{mib(4 * floats)} for weights and optimiser; activations are computed again where they are needed"
     return (
-        f"about {_mib(4 * floats + activations)}: {_mib(4 * floats)} for weights, gradients and optimiser, "
-        f"{_mib(activations)} for activations"
+        f"about {mib(4 * floats + activations)}: {mib(4 * floats)} for weights, gradients and optimiser, "
+        f"{mib(activations)} for activations"
     )
 
 
-def _mib(size: float) -> str:
+def mib(size: float) -> str:
+    """Return a number of bytes in words."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -27,16 +27,9 @@ from functools import partial
 
 from xcit.errors import UnknownNameError
 from xcit.models.zoo import CHECKPOINTS, Checkpoint
-from xcit.recipes.config import (
-    AugmentConfig,
-    ComputeConfig,
-    DataConfig,
-    DistillConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from xcit.recipes.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, TrainConfig
 from xcit.recipes.recipe import Recipe, training_cost
+from xcit.recipes.settings import ComputeConfig
 
 NUM_IMAGES = 1_281_167
 """In ImageNet-1k's training part."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from xcit.errors import BackendError, ExportError
 from xcit.files import write_atomic
-from xcit.recipes.config import LogConfig
+from xcit.recipes.settings import LogConfig
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

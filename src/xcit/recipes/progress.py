@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from xcit.data.batches import LabelledImages
+from xcit.data.batches import Crops, LabelledImages
 from xcit.data.loading import TrainLoader
-from xcit.tasks.classification import ClassificationTask
+from xcit.tasks.task import Task
 
 LINES = 10
 """About how many lines a run prints where there is no terminal, as in a log file."""
@@ -21,6 +21,8 @@ REFRESH_SECONDS = 0.25
 """Between two looks at the loss, for which an accelerator must be waited for."""
 WINDOW = 40
 """Looks back that rates are averaged over."""
+SHOWN = {"val_accuracy": "val accuracy", "val_map": "val mAP", "knn_accuracy": "k-NN accuracy"}
+"""Figures of which the one there is is shown."""
 MUCH_WAITING = 0.2
 """Share of the time from which waiting for images is shown as a warning."""
 
@@ -73,11 +75,11 @@ class TrainingProgress(Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
-        batch: LabelledImages,
+        batch: LabelledImages | Crops,
         batch_idx: int,
     ) -> None:
         """Move the bar."""
-        self._seen += len(batch.images) * trainer.world_size
+        self._seen += len(batch.indices) * trainer.world_size
         if time.perf_counter() - self._looks[-1][0] < REFRESH_SECONDS and self.loss is not None:
             return
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
@@ -94,12 +96,13 @@ class TrainingProgress(Callback):
     def _look(self) -> None:
         self._looks.append((time.perf_counter(), self._seen, self.loader.wait_seconds))
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: ClassificationTask) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Task) -> None:  # type: ignore[override]
         """Note the validation figure; print a line where there is no terminal and one is due."""
-        for name, text in (("val_accuracy", "val accuracy"), ("val_map", "val mAP")):
-            if name in pl_module.figures:
-                self.figure = text, pl_module.figures[name]
-        self.loss = pl_module.figures.get("train_loss", self.loss)
+        figures = pl_module.epoch_figures()
+        for name, text in SHOWN.items():
+            if name in figures:
+                self.figure = text, figures[name]
+        self.loss = figures.get("train_loss", self.loss)
         self._look()
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self._bar is not None:

@@ -18,8 +18,8 @@ import torch
 
 from xcit.files import write_atomic
 from xcit.inference.devices import describe_device
-from xcit.recipes.config import TrainConfig
 from xcit.recipes.run_folder import RunFolder
+from xcit.recipes.settings import RunConfig
 
 PACKAGES = ("xcit", "torch", "torchvision", "lightning", "timm", "scikit-learn", "numpy", "pillow")
 
@@ -47,7 +47,7 @@ def code_commit() -> str:
         return ""
 
 
-def note_session(run: RunFolder, config: TrainConfig, device: torch.device) -> None:
+def note_session(run: RunFolder, config: RunConfig, device: torch.device) -> None:
     """Add this start, or this going on, to the run's provenance.
 
     Raises:

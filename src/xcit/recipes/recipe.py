@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from xcit.recipes.config import TrainConfig
+from xcit.recipes.settings import RunConfig
 
 BACKWARD = 3
 """Cost of a forward and a backward pass together, in forward passes."""
@@ -19,7 +19,7 @@ class Recipe:
 
     name: str
     """What ``xcit train`` takes."""
-    make: Callable[[], TrainConfig]
+    make: Callable[[], RunConfig]
     """Returns all settings, but for where the images are."""
     summary: str
     """What it does, in a line."""

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from xcit.errors import UnknownNameError
 from xcit.recipes.ablations import ablation_recipes
 from xcit.recipes.digits import digits_recipes
+from xcit.recipes.dino import dino_recipes
 from xcit.recipes.finetune import own_recipes
 from xcit.recipes.imagenet import imagenet_recipes
 from xcit.recipes.recipe import Recipe
@@ -19,6 +20,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         for recipe in (
             *own_recipes(),
             *digits_recipes(),
+            *dino_recipes(),
             *imagenet_recipes(),
             *transfer_recipes(),
             *ablation_recipes(),

@@ -50,20 +50,77 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A set of images with a model's answers.
+class Shown:
+    """A set of images as a model sees them.
 
     Attributes:
-        images: each could be decoded when it was evaluated.
-        logits: (n, classes), in the images' order, on the CPU.
+        images: each could be decoded when the model was evaluated.
         preprocessing: how the model takes images.
         model: an ``XCiT``, whose attention is shown, or another classifier.
     """
 
     images: ImageSet
-    logits: Float[Tensor, "images classes"]
     preprocessing: Preprocessing
     model: nn.Module
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the model has class attention to look at."""
+        return isinstance(self.model, XCiT) and self.model.cls_token is not None
+
+    @property
+    def names(self) -> list[str]:
+        """The classes as a picture can show them."""
+        return [drawable(name, f"class {i}") for i, name in enumerate(self.images.class_names)]
+
+    def pictures(
+        self, positions: Sequence[int], *, heads: int = 0, attention: bool = True
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
+        """Yield each image as the model sees it, sharper, and with its attention laid over it.
+
+        An image that cannot be read any more is left out.
+
+        Args:
+            positions: of the images.
+            heads: yield this many heads' attention too, after that of all together.
+            attention: False for the plain images only; of a model without class attention these are all there is.
+        """
+        for start in range(0, len(positions), AT_ONCE):
+            opened = []
+            for position in positions[start : start + AT_ONCE]:
+                try:
+                    image = convert_image(self.images.open(position), self.preprocessing.in_chans)
+                    opened.append((position, image, self.preprocessing(image)))
+                except DataError:
+                    continue
+            if not opened:
+                continue
+            shown = [self._thumbnail(image) for _, image, _ in opened]
+            if not (attention and self.shows_attention):
+                yield from ((position, [picture]) for (position, _, _), picture in zip(opened, shown, strict=True))
+                continue
+            assert isinstance(self.model, XCiT)
+            width, height = shown[0].size
+            maps = attention_maps(self.model, torch.stack([tensor for *_, tensor in opened]), (height, width))
+            for (position, _, _), picture, each in zip(opened, shown, maps, strict=True):
+                yield position, [picture, *(overlay(picture, one) for one in (each.mean(dim=0), *each[:heads]))]
+
+    def _thumbnail(self, image: Image.Image) -> Image.Image:
+        """The part of an image that the model sees, at the thumbnails' size."""
+        scale = THUMBNAIL / max(self.preprocessing.image_size)
+        height, width = (max(1, round(side * scale)) for side in self.preprocessing.image_size)
+        return replace(self.preprocessing, image_size=(height, width)).resize_and_crop(image)
+
+
+@dataclass(frozen=True)
+class Judged(Shown):
+    """A set of images with a model's answers.
+
+    Attributes:
+        logits: (n, classes), in the images' order, on the CPU.
+    """
+
+    logits: Float[Tensor, "images classes"]
     guesses: np.ndarray = field(init=False)
     """(n,) the most probable class."""
     confidences: np.ndarray = field(init=False)
@@ -83,16 +140,6 @@ class Judged:
             errors = torch.where(guess == torch.from_numpy(self.images.labels), 0, sure)
         for name, value in (("guesses", guess), ("confidences", sure), ("errors", errors)):
             object.__setattr__(self, name, value.numpy())
-
-    @property
-    def shows_attention(self) -> bool:
-        """Whether the model has class attention to look at."""
-        return isinstance(self.model, XCiT) and self.model.cls_token is not None
-
-    @property
-    def names(self) -> list[str]:
-        """The classes as a picture can show them."""
-        return [drawable(name, f"class {i}") for i, name in enumerate(self.images.class_names)]
 
     def mistakes(self) -> np.ndarray:
         """Return the positions of the images that the model is wrong about, the surest mistakes first."""
@@ -148,44 +195,6 @@ class Judged:
         what = "overlooked" if truth[worst] else "not there"
         label = f"{shorten(drawn[worst], CAPTION - len(what) - len(sure) - 4)} {what}, {sure}"
         return Answer(position, True, f"{names[worst]}: {what}, probability {sure}", label)
-
-    def pictures(
-        self, positions: Sequence[int], *, heads: int = 0, attention: bool = True
-    ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Yield each image as the model sees it, sharper, and with its attention laid over it.
-
-        An image that cannot be read any more is left out.
-
-        Args:
-            positions: of the images.
-            heads: yield this many heads' attention too, after that of all together.
-            attention: False for the plain images only; of a model without class attention these are all there is.
-        """
-        for start in range(0, len(positions), AT_ONCE):
-            opened = []
-            for position in positions[start : start + AT_ONCE]:
-                try:
-                    image = convert_image(self.images.open(position), self.preprocessing.in_chans)
-                    opened.append((position, image, self.preprocessing(image)))
-                except DataError:
-                    continue
-            if not opened:
-                continue
-            shown = [self._thumbnail(image) for _, image, _ in opened]
-            if not (attention and self.shows_attention):
-                yield from ((position, [picture]) for (position, _, _), picture in zip(opened, shown, strict=True))
-                continue
-            assert isinstance(self.model, XCiT)
-            width, height = shown[0].size
-            maps = attention_maps(self.model, torch.stack([tensor for *_, tensor in opened]), (height, width))
-            for (position, _, _), picture, each in zip(opened, shown, maps, strict=True):
-                yield position, [picture, *(overlay(picture, one) for one in (each.mean(dim=0), *each[:heads]))]
-
-    def _thumbnail(self, image: Image.Image) -> Image.Image:
-        """The part of an image that the model sees, at the thumbnails' size."""
-        scale = THUMBNAIL / max(self.preprocessing.image_size)
-        height, width = (max(1, round(side * scale)) for side in self.preprocessing.image_size)
-        return replace(self.preprocessing, image_size=(height, width)).resize_and_crop(image)
 
     def examples(self, positions: Sequence[int], *, heads: int = 0) -> list[Example]:
         """Return the rows of a sheet: each image, its attention and, if asked for, that of its heads."""

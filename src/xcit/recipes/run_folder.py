@@ -43,6 +43,16 @@ class RunFolder:
         return self.root / "model_ema.safetensors"
 
     @property
+    def dino(self) -> Path:
+        """Student and teacher of DINO with their heads, as its released checkpoints hold them."""
+        return self.root / "dino_checkpoint.pth"
+
+    @property
+    def neighbours(self) -> Path:
+        """Images and those that are most like them by their features, as a picture."""
+        return self.root / "neighbours.png"
+
+    @property
     def last(self) -> Path:
         """Everything that going on needs."""
         return self.root / "last.ckpt"
@@ -116,8 +126,8 @@ class RunFolder:
         # The settings go last: until then the folder still counts as a run that may be overwritten.
         finished = () if self.resume else (
             *self.samples.glob("*.png"), self.metrics, self.report, self.curves, self.confusion, self.attention,
-            self.heads, self.last, self.model, self.last_model, self.ema_model, self.history, self.log,
-            self.provenance, self.skipped, self.config,
+            self.heads, self.neighbours, self.dino, self.last, self.model, self.last_model, self.ema_model,
+            self.history, self.log, self.provenance, self.skipped, self.config,
         )  # fmt: skip
         try:
             if not self.resume:

@@ -21,9 +21,10 @@ from xcit.evaluate.classification import ClassificationMetrics, wilson_interval
 from xcit.evaluate.multi_label import MultiLabelMetrics
 from xcit.files import write_atomic
 from xcit.models.xcit import XCiT
-from xcit.recipes.config import TrainConfig, to_yaml
+from xcit.recipes.config import TrainConfig
 from xcit.recipes.report_pictures import Judged, jpeg
 from xcit.recipes.run_folder import RunFolder
+from xcit.recipes.settings import to_yaml
 from xcit.report.confusion import MAX_NUMBERED, confusion_figure, most_confused
 from xcit.report.curves import curves_figure, figure_name, pace_figure
 from xcit.report.html import Block, Code, Gallery, KeyFigure, Picture, Prose, Section, Table, html_page
@@ -144,7 +145,7 @@ def write_report(
     Raises:
         ExportError: a file cannot be written.
     """
-    judged = Judged(images, logits, record.preprocessing, model)
+    judged = Judged(images, record.preprocessing, model, logits)
     prefix = "digit_" if record.config.data.format == "digits" else ""
     for name, data in judged.samples().items():
         write_atomic(run.samples / f"{prefix}{name}", data)
@@ -218,8 +219,8 @@ def _training(record: RunRecord, run: RunFolder) -> list[Block]:
             f"The averaged weights reach {100 * best[f'ema_{name}']:.1f} % at epoch {best['epoch']:.0f}; "
             f"they are in {run.ema_model.name}."
         )
-    curves = _saved(run.curves, curves_figure(record.history, int(record.best["epoch"])))
-    blocks: list[Block] = [_picture(curves, f"Loss and validation {figure} over the epochs", caption.strip())]
+    curves = saved(run.curves, curves_figure(record.history, int(record.best["epoch"])))
+    blocks: list[Block] = [picture(curves, f"Loss and validation {figure} over the epochs", caption.strip())]
     if all(key in record.best for key in ("lr", "images_per_second", "data_wait")):
         waiting = sum(row["data_wait"] * row["seconds"] for row in record.history) / max(1e-9, 60 * record.minutes)
         fastest = max(row["images_per_second"] for row in record.history)
@@ -228,7 +229,7 @@ def _training(record: RunRecord, run: RunFolder) -> list[Block]:
             f"At best {fastest:,.0f} images a second; {100 * waiting:.0f} % of the time was spent waiting for "
             f"images{advice}. The learning rate is that at each epoch's end."
         )
-        blocks.append(_picture(png(pace_figure(record.history)), "Learning rate and pace over the epochs", caption))
+        blocks.append(picture(png(pace_figure(record.history)), "Learning rate and pace over the epochs", caption))
     return blocks
 
 
@@ -250,9 +251,7 @@ def _confusion(record: RunRecord, run: RunFolder, judged: Judged) -> Iterator[Se
         figure = confusion_figure(matrix, [names[i] for i in shown], totals)
         caption = f"{record.judged_by.capitalize()} images by their true class (rows) and the predicted one (columns)"
         caption += "." if whole else f"; of {len(names):,} classes the {len(shown)} that are most often mixed up."
-        blocks.append(
-            _picture(_saved(run.confusion, figure), f"Confusion matrix of {record.judged_by} images", caption)
-        )
+        blocks.append(picture(saved(run.confusion, figure), f"Confusion matrix of {record.judged_by} images", caption))
     if mistakes and len(names) > 2:
         counts, words = metrics.class_counts, metrics.class_names
         rows = [(words[i], words[j], f"{count:,}", _cell(count / counts[i])) for i, j, count in mistakes[:MAX_PAIRS]]
@@ -338,8 +337,8 @@ def _attention(record: RunRecord, run: RunFolder, judged: Judged) -> Iterator[Se
     patch = judged.model.config["patch_size"]
     rows, columns = (-(-side // patch) for side in record.preprocessing.image_size)
     blocks: list[Block] = [
-        _picture(
-            _saved(run.attention, examples_figure(examples, ("image", "attention"), columns=4)),
+        picture(
+            saved(run.attention, examples_figure(examples, ("image", "attention"), columns=4)),
             f"Attention of the class token over {record.judged_by} images",
             f"Attention of the class token in the last layer, all heads together, over the {rows} x {columns} patches: "
             f"from dark (little) to yellow (most). Green captions: right; red: wrong.",
@@ -351,8 +350,8 @@ def _attention(record: RunRecord, run: RunFolder, judged: Judged) -> Iterator[Se
     if by_head and num_heads > 1:
         titles = ["image", "all heads", *(f"head {i + 1}" for i in range(heads))]
         few = f"Each of the first {heads} of {num_heads} heads" if heads < num_heads else "Each head"
-        sheet = _saved(run.heads, examples_figure(by_head, titles, columns=1))
-        blocks.append(_picture(sheet, "The same for each head", f"{few} by itself."))
+        sheet = saved(run.heads, examples_figure(by_head, titles, columns=1))
+        blocks.append(picture(sheet, "The same for each head", f"{few} by itself."))
     yield Section("Where the model looks", blocks)
 
 
@@ -433,13 +432,14 @@ def _method(record: RunRecord) -> Iterator[Block]:
     yield Code(to_yaml(record.config), summary="All settings (config.yaml)")
 
 
-def _saved(path: Path, figure: Figure) -> bytes:
+def saved(path: Path, figure: Figure) -> bytes:
+    """Write a figure to a file and return it as PNG."""
     data = png(figure)
     write_atomic(path, data)
     return data
 
 
-def _picture(data: bytes, alt: str, caption: str) -> Picture:
+def picture(data: bytes, alt: str, caption: str) -> Picture:
     """A picture in the size that its text was set for; photographs are smaller as JPEG."""
     image = Image.open(io.BytesIO(data))
     width = round(image.width * 96 / DPI)

@@ -19,9 +19,10 @@ from typing import Literal
 
 from xcit.errors import UnknownNameError
 from xcit.models.zoo import ARCHITECTURES, CHECKPOINTS, default_checkpoint, find
-from xcit.recipes.config import ComputeConfig, DataConfig, ModelConfig, TrainConfig
+from xcit.recipes.config import DataConfig, ModelConfig, TrainConfig
 from xcit.recipes.imagenet import AUGMENT, OPTIM
 from xcit.recipes.recipe import Recipe, training_cost
+from xcit.recipes.settings import ComputeConfig
 
 DEFAULT_MODEL = "xcit_small_24_p8"
 

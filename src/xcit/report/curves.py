@@ -82,6 +82,45 @@ def curves_figure(history: Sequence[Mapping[str, float]], best_epoch: int) -> Fi
     return figure
 
 
+def distillation_figure(history: Sequence[Mapping[str, float]], largest_entropy: float) -> Figure:
+    """Draw the loss, the entropies of student and teacher, and the k-NN accuracy where it was probed.
+
+    Args:
+        history: a row an epoch with ``epoch``, ``train_loss``, ``teacher_entropy``, ``student_entropy``,
+            ``teacher_spread`` and, in some rows, ``knn_accuracy``.
+        largest_entropy: of an output that is the same everywhere, in nats.
+    """
+    probed = [row for row in history if "knn_accuracy" in row]
+    figure = new_figure(9.0, 3.2)
+    panels = figure.subplots(1, 3 if probed else 2)
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 3 else None
+    for axes in panels:
+        _dress(axes, epochs)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    left, middle = panels[:2]
+    left.plot(epochs, _finite(history, "train_loss"), ORANGE, marker=marker)
+    left.set_title("loss, nats", loc="left", color=INK, fontsize=11)
+    entropies = {
+        "teacher_spread": (GREEN, "-", "teacher, mean output"),
+        "student_entropy": (ORANGE, "-", "student, each output"),
+        "teacher_entropy": (BLUE, "-", "teacher, each output"),
+    }
+    for name, (colour, style, label) in entropies.items():
+        middle.plot(epochs, _finite(history, name), style, color=colour, marker=marker, label=label)
+    middle.axhline(largest_entropy, color=GREY, linewidth=1, linestyle=(0, (2, 3)))
+    middle.set_ylim(0, 1.06 * largest_entropy)
+    middle.set_title("entropy, nats; dotted: the largest", loc="left", color=INK, fontsize=11)
+    middle.legend(frameon=False, fontsize=8, labelcolor=INK)
+    if probed:
+        values = [row["knn_accuracy"] for row in probed]
+        panels[2].plot([row["epoch"] for row in probed], values, GREEN, marker="o" if len(probed) < 25 else None)
+        panels[2].set_title("k-NN accuracy", loc="left", color=INK, fontsize=11)
+        panels[2].set_ylim(max(0.0, min(values) - 0.05), min(1.005, max(values) + 0.05))
+        panels[2].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
 def pace_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     """Draw the learning rate, the images a second, and the share of the time that was spent waiting for images.
 

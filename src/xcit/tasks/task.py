@@ -56,6 +56,7 @@ class Task(lightning.LightningModule):
         self.channels_last = channels_last
         self.ema = None
         self.figures: dict[str, float] = {}
+        self._concluded = -1
         self._loss_sum: float | Tensor = 0.0
         self._loss_count = 0
         self._pending: tuple[Tensor, int, int, float] | None = None
@@ -63,7 +64,14 @@ class Task(lightning.LightningModule):
     # --- what a run asks of a task -----------------------------------------------------------------------------------
 
     def epoch_figures(self) -> dict[str, float]:
-        """Return the figures of the epoch that ends; all processes call it."""
+        """Return the figures of the epoch that ends; all processes call it, as often as they like."""
+        if self._concluded != self.current_epoch:
+            self.figures = self.conclude_epoch()
+            self._concluded = self.current_epoch
+        return self.figures
+
+    def conclude_epoch(self) -> dict[str, float]:
+        """Put the epoch's figures together, once, over all processes."""
         return self.figures
 
     @staticmethod

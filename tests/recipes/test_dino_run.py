@@ -1,0 +1,269 @@
+"""Runs of DINO as a user starts them: what they leave, how they are gone on with, what is refused."""
+
+import io
+import json
+import logging
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import xcit
+from xcit.errors import ConfigError, DataError
+from xcit.models.dino_files import load_dino
+from xcit.recipes.config_file import read_config
+from xcit.recipes.dino import RELEASED, dino_vissl
+from xcit.recipes.dino_job import DinoJob
+from xcit.recipes.registry import RECIPES, find_recipe
+from xcit.recipes.run_folder import new_run, open_run
+from xcit.recipes.settings import check_config, override, write_config
+from xcit.recipes.train import train
+from xcit.tasks.dino import DinoTask
+
+sys.path.insert(0, str(Path(__file__).parent))
+import dino_runs
+import runs
+
+TINY, STEPS = dino_runs.TINY_DINO, dino_runs.STEPS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with runs.one_thread():
+        yield
+
+
+@pytest.fixture
+def _no_report(monkeypatch):
+    monkeypatch.setattr("xcit.recipes.dino_job.write_dino_report", lambda *_: None)
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nobody catches it, nothing is saved."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    console = Console(file=io.StringIO(), width=120)
+    run = new_run(tmp_path_factory.mktemp("runs") / "whole")
+    result = train(TINY, run, console=console)
+    return run, result, console.file.getvalue()
+
+
+def kill_at(monkeypatch, run, step, config=TINY):
+    training_step = DinoTask.training_step
+
+    def wrapped(task, batch, batch_idx):
+        if task.global_step == step:
+            raise Killed
+        return training_step(task, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DinoTask, "training_step", wrapped)
+        with pytest.raises(Killed):
+            train(config, run)
+
+
+def test_everything_is_there(finished):
+    run, result, said = finished
+    names = {p.relative_to(run.root).as_posix() for p in run.root.rglob("*") if p.is_file()}
+    assert names >= {
+        "model.safetensors", "dino_checkpoint.pth", "last.ckpt", "config.yaml", "metrics.csv", "metrics.json",
+        "metrics.jsonl", "report.html", "curves.png", "neighbours.png", "attention_heads.png", "provenance.json",
+    }  # fmt: skip
+    assert "model_last.safetensors" not in names
+    assert read_config(run.config) == TINY
+    assert "190 images, used without labels; k-NN probe with 50 labelled others" in said
+    content = json.loads(run.metrics.read_text())
+    assert [row["epoch"] for row in content["epochs"]] == [1, 2, 3]
+    assert ["knn_accuracy" in row for row in content["epochs"]] == [False, True, True]
+    assert content["knn"]["k"]["5"]["accuracy"] == content["epochs"][-1]["knn_accuracy"]
+    assert set(result.knn.accuracies) == {5, 10, 20, 100, 190}
+    assert 0 < result.figures["teacher_entropy"] <= result.figures["teacher_spread"] + 1e-6 <= math.log(24) + 1e-5
+
+
+def test_the_files_hold_the_teacher_and_both_networks(finished):
+    run, _, _ = finished
+    model = xcit.create_model(str(run.model))
+    assert model.num_classes == 0
+    assert model.pretrained_cfg["input_size"] == [1, 16, 16]
+    teacher, student = (load_dino(run.dino, network) for network in ("teacher", "student"))
+    state = torch.load(run.last, weights_only=True)["state_dict"]
+    for network, name in ((teacher, "teacher"), (student, "student")):
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, state[f"{name}.{key}"]), key
+    for key, value in teacher.backbone.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+    weights = [p for p, _ in zip(teacher.parameters(), student.parameters(), strict=True)]
+    assert any(not torch.equal(p, q) for p, q in zip(weights, student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("step", [0, 3, STEPS, 2 * STEPS + 2])
+@pytest.mark.usefixtures("_no_report")
+def test_a_killed_run_ends_bitwise_the_same(finished, tmp_path, monkeypatch, step):
+    whole, result, _ = finished
+    run = new_run(tmp_path / "run")
+    config = replace(TINY, compute=replace(TINY.compute, checkpoint_minutes=1e-9))  # after every step
+    kill_at(monkeypatch, run, step, config)
+    again = train(config, open_run(run.root))
+    assert again.knn == result.knn
+    ours, theirs = (torch.load(each.last, weights_only=True) for each in (run, whole))
+    runs.assert_same_state(ours, theirs)
+    assert runs.log_lines(run) == runs.log_lines(whole)
+    for name, value in runs.weights(whole.model).items():
+        assert torch.equal(value, runs.weights(run.model)[name]), name
+
+
+def images_in(folder, num, size=(20, 14), start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + num):
+        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def with_data(root, **changes):
+    rgb = {"data.root": str(root), "data.in_chans": 3, "data.normalize": "weights", "optim.batch_size": 6}
+    return override(TINY, rgb | {"epochs": 1, "optim.warmup_epochs": 0, "optim.freeze_last_layer": 0} | {
+        "teacher.warmup_temp": 0.05, "teacher.warmup_temp_epochs": 0} | changes)  # fmt: skip
+
+
+def test_a_folder_without_labels_is_learned_from(tmp_path, capsys):
+    images_in(tmp_path / "d", 8)
+    images_in(tmp_path / "d" / "deep" / "er", 6, start=8)
+    (tmp_path / "d" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no")
+    run = new_run(tmp_path / "run")
+    result = train(with_data(tmp_path / "d"), run)
+    assert result.knn is None
+    assert result.collapse in (None, "the output is uniform", "all images get the same output")
+    assert "knn_accuracy" not in json.loads(run.metrics.read_text())["epochs"][0]
+    assert "train,broken.png" in run.skipped.read_text()
+    assert run.neighbours.exists()
+    assert "broken.png" in run.report.read_text()
+
+
+def test_only_the_training_part_is_learned_from(tmp_path):
+    for part, num in (("train", 7), ("val", 3)):
+        images_in(tmp_path / "d" / part, num)
+    job = DinoJob(with_data(tmp_path / "d"))
+    assert len(job.data.train) == 7
+    assert "Only the images in" in job.data.notes[0]
+
+
+def test_folders_are_classes_for_the_probe_alone(tmp_path):
+    for name in ("a", "b"):
+        images_in(tmp_path / "d" / name, 20)
+    job = DinoJob(with_data(tmp_path / "d"))
+    assert (len(job.data.train), len(job.data.probe)) == (36, 4)
+    job = DinoJob(with_data(tmp_path / "d", **{"data.format": "images"}))
+    assert (len(job.data.train), job.data.probe) == (40, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.root": "nowhere"}, "nowhere: is not there"),
+        ({"data.format": "images", "data.root": "nowhere"}, "nowhere: is not a folder of images"),
+    ],
+)
+def test_data_that_is_not_there(changes, message):
+    with pytest.raises(DataError, match=message):
+        DinoJob(override(TINY, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim.batch_size": 37, "compute.devices": 2}, "37, which 2 devices x 1 parts do not divide; take 36 or 38"),
+        ({"optim.batch_size": 2, "optim.accumulate": 2}, "batch norm needs two images"),
+        ({"patience": 3}, "DINO keeps its last epoch"),
+        ({"optim.min_lr": 0.1}, "min_lr is 0.1, above the peak"),
+        ({"optim.warmup_epochs": 3}, "warmup_epochs is 3 of 3 epochs"),
+        ({"teacher.warmup_temp_epochs": 0}, "teacher.warmup_temp is for the first"),
+        ({"crops.local_min_area": 0.9}, "crops.local_min_area is 0.9, above crops.local_max_area, 0.4"),
+        ({"crops.local_size": 64}, "crops.local_size is 64, more than"),
+        ({"data.root": ""}, "data.root is empty"),
+        ({"compute.strategy": "fsdp", "compute.devices": 2}, "fsdp shards the weights"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(override(TINY, changes))
+
+
+def test_unknown_settings_are_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("recipe: mine\ntask: dino\nteacher: {momentun: 0.9}\ndistill: {kind: hard}\n")
+    with pytest.raises(
+        ConfigError, match=r"teacher\.momentun is unknown \(did you mean teacher\.momentum\?\).*"
+    ) as error:
+        read_config(tmp_path / "c.yaml")
+    assert "distill is unknown" in str(error.value)
+    (tmp_path / "c.yaml").write_text("recipe: mine\ntask: dinno\n")
+    with pytest.raises(ConfigError, match=r"task is 'dinno' \(did you mean dino\?\)"):
+        read_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_a_collapsed_run_is_named(tmp_path, caplog):
+    """A teacher that is not sharpened at all gives flat outputs."""
+    flat = {"teacher.temp": 1.0, "teacher.warmup_temp": 1.0, "teacher.warmup_temp_epochs": 0, "epochs": 4}
+    run = new_run(tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "xcit"):
+        result = train(override(TINY, flat), run)
+    assert result.collapse == "the output is uniform"
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("The run tiny_dino has collapsed: the output is uniform (teacher entropy 3.1")
+    assert json.loads(run.metrics.read_text())["collapse"] == "the output is uniform"
+
+
+def test_released_models_have_recipes():
+    names = [f"dino_{model}{kind}" for model in RELEASED for kind in ("", "_boost")]
+    assert set(names) <= set(RECIPES)
+    default = find_recipe("dino_xcit_small_12_p16").make()
+    assert (default.epochs, default.optim.batch_size, default.lr) == (100, 1024, 2e-3)
+    assert (default.teacher.momentum, default.optim.clip_grad, default.head.out_dim) == (0.996, 3.0, 65536)
+    assert default.head.norm_last_layer
+    boosted = find_recipe("dino_xcit_medium_24_p8_boost").make()
+    assert (boosted.epochs, boosted.teacher.temp, boosted.teacher.warmup_temp_epochs) == (300, 0.07, 30)
+    published = dino_vissl("xcit_medium_24_p8")
+    assert (published.optim.batch_size, published.lr, published.optim.min_lr) == (960, 9.375e-4, 1e-5)
+    assert (published.crops.num_local, published.crops.global_min_area, published.model.drop_path_rate) == (
+        6,
+        0.32,
+        0.15,
+    )
+
+
+def test_recipes_are_sound_and_written_and_read_back(tmp_path):
+    for name, recipe in RECIPES.items():
+        config = recipe.make()
+        if config.task != "dino":
+            continue
+        assert config.recipe == name
+        if config.data.format != "digits":
+            config = override(config, {"data.root": "somewhere"})
+        write_config(check_config(config), tmp_path / "c.yaml")
+        assert read_config(tmp_path / "c.yaml") == config
+
+
+def test_weights_to_begin_with(finished, tmp_path):
+    run, _, _ = finished
+    config = override(TINY, {"model.pretrained": str(run.model)})
+    ours, theirs = DinoJob(config).task.student.backbone.state_dict(), runs.weights(run.model)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ConfigError, match="which means weights; name the architecture xcit_small_12_p16"):
+        DinoJob(override(TINY, {"model.name": "xcit_small_12_p16_224"}))
+
+
+def test_the_plan_tells_what_would_happen():
+    facts = dict(DinoJob(TINY).plan())
+    assert facts["steps"] == "3 epochs x 5 = 15"
+    assert facts["views"] == "2 of 16 px and 2 of 8 px an image"
+    assert facts["compute"].endswith(": 9.5 forward passes an image")
+    assert "0 MiB for activations" not in facts["memory"]
