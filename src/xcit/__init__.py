@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from xcit.errors import XCiTError as XCiTError
+    from xcit.inference.features import FeatureExtractor as FeatureExtractor
     from xcit.inference.predictor import Predictor as Predictor
     from xcit.models.factory import create_model as create_model
     from xcit.models.factory import from_timm as from_timm
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "XCiTError": "xcit.errors",
+    "FeatureExtractor": "xcit.inference.features",
     "Predictor": "xcit.inference.predictor",
     "create_model": "xcit.models.factory",
     "from_timm": "xcit.models.factory",

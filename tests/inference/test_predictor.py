@@ -16,9 +16,10 @@ from torchvision.transforms import InterpolationMode
 
 from xcit.data.preprocess import Preprocessing
 from xcit.errors import BackendError, CheckpointError, ConfigError, DataError, UnknownNameError
-from xcit.inference import devices, predictor
+from xcit.inference import devices
 from xcit.inference.devices import choose_device
 from xcit.inference.predictor import Label, Prediction, Predictor
+from xcit.inference.stream import DECODERS
 from xcit.models.weights import save_checkpoint
 from xcit.models.xcit import XCiT
 
@@ -323,7 +324,7 @@ def test_an_endless_source_is_read_only_a_little_ahead(model):
     stream = Predictor(model, batch_size=4).stream(source)
     for _ in range(40):
         next(stream)
-    assert next(taken) <= 40 + 4 + 4 + predictor.DECODERS + 1
+    assert next(taken) <= 40 + 4 + 4 + DECODERS + 1
     stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("xcit-decode") and t.is_alive() and _busy(t)]
 

@@ -116,10 +116,10 @@ def eval(
         plot: Draw the picture of --sizes into this file.
     """
     _check(image_size, sizes, crop_pct, batch_size, num_workers, max_bad_fraction, per_class, plot)
-    json_file = _writable(output, ".json", "--output")
+    json_file = writable(output, ".json", "--output")
     if plot is None and sizes is not None and json_file is not None:
         plot = str(json_file.with_suffix(".png"))
-    png_file = _writable(plot, ".png", "--plot")
+    png_file = writable(plot, ".png", "--plot")
     if png_file is not None and find_spec("matplotlib") is None:
         raise BackendError('The picture needs matplotlib, which is not installed: pip install "xcit[train]".')
 
@@ -202,7 +202,7 @@ def _check(
         raise ConfigError("; ".join(problems) + ".")
 
 
-def _writable(name: str | None, ending: str, option: str) -> Path | None:
+def writable(name: str | None, ending: str, option: str) -> Path | None:
     """Refuse a file that cannot be written at the end, hours later."""
     if name is None:
         return None

@@ -121,7 +121,7 @@ def evaluate_classifier(
     workers = default_workers() if num_workers is None else num_workers
     workers = min(workers, -(-len(image_set) // batch_size))  # more would have nothing to do
     loader = eval_loader(
-        _Quiet(image_set, preprocessing), batch_size, num_workers=workers, pin_memory=device.type == "cuda"
+        QuietImages(image_set, preprocessing), batch_size, num_workers=workers, pin_memory=device.type == "cuda"
     )
     model = model.to(device)
     modes = [(module, module.training) for module in model.modules()]
@@ -158,7 +158,7 @@ def _check(
         raise ConfigError("; ".join(problems) + ".")
 
 
-class _Quiet(EvalImages):
+class QuietImages(EvalImages):
     """Images whose size is no reason for a warning: Pillow refuses those that are really too large."""
 
     def __getitem__(self, index: int) -> LabelledImages:
@@ -189,7 +189,7 @@ def _run(
     batches = iter(loader)
     while True:
         asked = time.perf_counter()
-        batch = _next(batches)
+        batch = next_batch(batches)
         if batch is None:
             break
         wait += time.perf_counter() - asked
@@ -209,11 +209,11 @@ def _run(
             on_progress(done)
     end = time.perf_counter()
     if not totals.num_images:
-        raise DataError(f"None of the {len(image_set)} images could be decoded. The first: {_reason(image_set, 0)}")
+        raise DataError(f"None of the {len(image_set)} images could be decoded. The first: {why_broken(image_set, 0)}")
     timed = end - warm
     return Evaluation(
         metrics=totals.compute(),
-        skipped=tuple(Skipped(image_set.names[index], _reason(image_set, index)) for index in bad),
+        skipped=tuple(Skipped(image_set.names[index], why_broken(image_set, index)) for index in bad),
         indices=tuple(indices),
         predicted=tuple(predicted),
         seconds=time.perf_counter() - began,
@@ -224,7 +224,12 @@ def _run(
     )
 
 
-def _next(batches: Iterator[LabelledImages]) -> LabelledImages | None:
+def next_batch(batches: Iterator[LabelledImages]) -> LabelledImages | None:
+    """Return the next batch, or None after the last.
+
+    Raises:
+        BackendError: a worker process died.
+    """
     try:
         return next(batches, None)
     except RuntimeError as error:
@@ -288,12 +293,12 @@ def _check_bad(bad: Sequence[int], image_set: ImageSet, max_bad_fraction: float)
     if len(bad) > max_bad_fraction * len(image_set):
         raise DataError(
             f"{len(bad)} of {len(image_set)} images cannot be decoded so far, more than the share of "
-            f"{max_bad_fraction:g} that --max-bad-fraction allows. The first: {_reason(image_set, bad[0])} Mend or "
+            f"{max_bad_fraction:g} that --max-bad-fraction allows. The first: {why_broken(image_set, bad[0])} Mend or "
             f"remove them, or allow more."
         )
 
 
-def _reason(image_set: ImageSet, index: int) -> str:
+def why_broken(image_set: ImageSet, index: int) -> str:
     """Say why an image cannot be decoded, by trying once more: workers send back numbers only."""
     try:
         with warnings.catch_warnings():
