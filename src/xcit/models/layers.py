@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from xcit.errors import ConfigError, ShapeError
 from xcit.ops.position import fourier_position
-from xcit.ops.xca import XCAWeights, xca
+from xcit.ops.xca import XCAWeights, xca, xca_attention
 from xcit.ops.xca_form import FORMS, Form
 
 NORM_EPS = 1e-6  # of every LayerNorm in the released models
@@ -114,8 +114,15 @@ class XCA(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         """Mix channels by their cross-covariance over the tokens."""
-        weights = XCAWeights(self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias, self.temperature)
-        return self.proj_drop(xca(x, weights, form=self.form, attn_drop=self.attn_drop if self.training else 0.0))
+        attn_drop = self.attn_drop if self.training else 0.0
+        return self.proj_drop(xca(x, self._weights(), form=self.form, attn_drop=attn_drop))
+
+    def attention(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch heads head_dim head_dim"]:
+        """How much of each value channel (last axis, which sums to one) goes into each output channel, per head."""
+        return xca_attention(x, self._weights(), form=self.form)
+
+    def _weights(self) -> XCAWeights:
+        return XCAWeights(self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias, self.temperature)
 
     def extra_repr(self) -> str:
         """Show what ``print(model)`` would otherwise hide."""

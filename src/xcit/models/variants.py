@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xcit.errors import ConfigError, ShapeError, UnknownNameError
 from xcit.models.layers import XCA, ConvPatchEmbed, XCABlock
 from xcit.models.xcit import XCiT
-from xcit.ops.xca import XCAWeights, xca
+from xcit.ops.xca import XCAWeights
 
 VARIANTS: Mapping[str, str] = {
     "no_lpi": "no local patch interaction: patches meet in XCA's statistics and in class attention only",
@@ -101,13 +101,20 @@ class XCAWithoutNorm(_Adopted):
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         """Mix channels by their products over the tokens, per head y = (softmax(t * q^T k) v^T)^T."""
+        attn, v = self._attention(x)
+        y = F.dropout(attn.to(v.dtype), self.attn_drop, self.training) @ v
+        return self.proj_drop(self.proj(y.flatten(1, 2).transpose(1, 2)))
+
+    def attention(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch heads head_dim head_dim"]:
+        """How much of each value channel (last axis, which sums to one) goes into each output channel, per head."""
+        return self._attention(x)[0]
+
+    def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_form()
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # (B, h, d, N)
         products = q @ k.transpose(-2, -1)  # (B, h, d, d)
         wide = torch.promote_types(products.dtype, torch.float32)
-        attn = (products.to(wide) * self.temperature).softmax(dim=-1).to(v.dtype)
-        y = F.dropout(attn, self.attn_drop, self.training) @ v
-        return self.proj_drop(self.proj(y.flatten(1, 2).transpose(1, 2)))
+        return (products.to(wide) * self.temperature).softmax(dim=-1), v
 
     def _check_form(self) -> None:
         if self.form == "covariance":
@@ -117,11 +124,9 @@ class XCAWithoutNorm(_Adopted):
 class XCAWithoutTemperature(_Adopted):
     """XCA whose softmax is over the cosines themselves, in both forms."""
 
-    def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
-        """Mix channels by their cross-covariance over the tokens."""
+    def _weights(self) -> XCAWeights:
         ones = self.qkv.weight.new_ones(self.num_heads, 1, 1)
-        weights = XCAWeights(self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias, ones)
-        return self.proj_drop(xca(x, weights, form=self.form, attn_drop=self.attn_drop if self.training else 0.0))
+        return XCAWeights(self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias, ones)
 
 
 class LinearPatchEmbed(nn.Module):

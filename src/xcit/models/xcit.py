@@ -234,29 +234,59 @@ class XCiT(nn.Module):
         return self.norm(self.forward_cls(x)), intermediates
 
     def class_attention(
-        self, x: Float[Tensor, "batch chans height width"]
+        self, x: Float[Tensor, "batch chans height width"], layer: int = -1
     ) -> Float[Tensor, "batch heads rows columns"]:
-        """Return how much of each patch the class token takes in the last class-attention block.
+        """Return how much of each patch the class token takes in one of the class-attention blocks.
+
+        Args:
+            x: images.
+            layer: which block, from 0; negative from the end. The released models have two.
 
         Returns:
             (B, heads, Hp, Wp), non-negative. A head's map sums to at most one: the rest is what the class token takes
             of itself.
 
         Raises:
-            ConfigError: the model has no class attention.
+            ConfigError: the model has no class attention, or no such layer of it.
 
-        Source: figure 4 of the paper shows these maps.
+        Source: figure 4 of the paper shows the last layer's maps.
         """
         cls_token = self._need_class_token()
+        num_layers = len(self.cls_attn_blocks)
+        if not -num_layers <= layer < num_layers:
+            raise ConfigError(
+                f"layer is {layer}; the model's class-attention layers are 0 to {num_layers - 1}, or -{num_layers} "
+                f"to -1."
+            )
         tokens, (Hp, Wp) = self._embed(x)
         for block in self.blocks:
             tokens = self._run(block, tokens, Hp, Wp)
         tokens = torch.cat((cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
-        *earlier, last = self.cls_attn_blocks
+        *earlier, asked = self.cls_attn_blocks[: layer % num_layers + 1]
         for block in earlier:
             tokens = self._run(block, tokens)
-        assert isinstance(last, ClassAttentionBlock)
-        return last.attn.attention(last.norm1(tokens))[:, :, 1:].unflatten(2, (Hp, Wp))
+        assert isinstance(asked, ClassAttentionBlock)
+        return asked.attn.attention(asked.norm1(tokens))[:, :, 1:].unflatten(2, (Hp, Wp))
+
+    def channel_attention(
+        self, x: Float[Tensor, "batch chans height width"]
+    ) -> list[Float[Tensor, "batch heads head_dim head_dim"]]:
+        """Return the matrices with which the XCA of every block mixes the channels of each head.
+
+        They are those of the forward pass in eval mode, in the form of XCA that it takes (``attn_form``).
+
+        Returns:
+            One (B, heads, d, d) tensor a block, d = C / heads, float32 at least, non-negative. Entry (i, j) is how much
+            of value channel j goes into output channel i: the last axis sums to one.
+
+        Source: equation 2 of the paper, transposed (``xcit.ops.xca.xca_attention``).
+        """
+        tokens, (Hp, Wp) = self._embed(x)
+        matrices = []
+        for block in self.blocks:
+            matrices.append(block.attn.attention(block.norm1(tokens)))  # type: ignore[operator, union-attr]
+            tokens = self._run(block, tokens, Hp, Wp)
+        return matrices
 
     def _need_class_token(self) -> nn.Parameter:
         if self.cls_token is None:

@@ -73,22 +73,38 @@ def xca(
 
     Source: section 3.2, equation 2.
     """
-    _check(x, weights, form)
-    if form == "auto":
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.qkv_weight.requires_grad)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        form = choose_form(
-            num_tokens=x.shape[1],
-            embed_dim=x.shape[2],
-            num_heads=weights.temperature.shape[0],
-            batch_size=x.shape[0],
-            dtype=dtype,
-            device_type=x.device.type,
-            needs_grad=needs_grad,
-        )
+    form = _chosen_form(x, weights, form)
     if _observer is not None:
         _observer.append(form)
     return (xca_covariance if form == "covariance" else xca_tokens)(x, weights, attn_drop=attn_drop)
+
+
+def xca_attention(
+    x: Float[Tensor, "batch tokens channels"], weights: XCAWeights, *, form: Form = "auto"
+) -> Float[Tensor, "batch heads head_dim head_dim"]:
+    """Return the matrices A with which ``xca`` mixes channels, from the very lines that it runs, in the same form.
+
+    Args:
+        x: layer-normed tokens.
+        weights: the layer's parameters.
+        form: as for ``xca``.
+
+    Returns:
+        (B, h, d, d), in float32 at least, non-negative. Entry (i, j) is how much of value channel j goes into output
+        channel i of the head: the last axis sums to one. Row i belongs to query channel i, column j to key channel j,
+        which makes it the transpose of the paper's softmax(K^T Q / tau), whose columns sum to one.
+
+    Raises:
+        ShapeError, ConfigError: as ``xca``.
+
+    Source: section 3.2, equation 2.
+    """
+    if _chosen_form(x, weights, form) == "tokens":
+        return _tokens_attention(x, weights)[0]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        return _covariance_attention(x, weights).attn
 
 
 def xca_tokens(
@@ -101,15 +117,19 @@ def xca_tokens(
 
     Cost: 4 N C^2 + 2 N C d multiply-adds an image forward, twice that backward; q, k, v, q̂, k̂ and y are materialised.
     """
-    q_weight, q_bias, proj_weight, proj_bias, temperature = weights
-    h = temperature.shape[0]
-    qkv = F.linear(x, q_weight, q_bias)
+    attn, v = _tokens_attention(x, weights)
+    y = _dropout(attn, attn_drop).to(v.dtype) @ v  # (B, h, d, N)
+    return F.linear(y.permute(0, 3, 1, 2).flatten(2), weights.proj_weight, weights.proj_bias)
+
+
+def _tokens_attention(x: Tensor, weights: XCAWeights) -> tuple[Tensor, Tensor]:
+    """Return A (B, h, d, d) and the values (B, h, d, N)."""
+    h = weights.temperature.shape[0]
+    qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias)
     q, k, v = qkv.unflatten(-1, (3, h, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # each (B, h, d, N)
     cosines = _l2_normalize(q) @ _l2_normalize(k).transpose(-2, -1)  # (B, h, d, d)
-    logits = _at_least_float32(cosines) * temperature
-    attn = _dropout(logits.softmax(dim=-1), attn_drop)
-    y = attn.to(v.dtype) @ v  # (B, h, d, N)
-    return F.linear(y.permute(0, 3, 1, 2).flatten(2), proj_weight, proj_bias)
+    logits = _at_least_float32(cosines) * weights.temperature
+    return logits.softmax(dim=-1), v
 
 
 def xca_covariance(
@@ -140,15 +160,36 @@ def xca_covariance(
 
 
 def _xca_covariance(x: Tensor, weights: XCAWeights, attn_drop: float) -> Tensor:
+    C, h = x.shape[2], weights.temperature.shape[0]
+    attn, xc, center = _covariance_attention(x, weights)
+    wide, fine = torch.promote_types(x.dtype, torch.float32), attn.dtype
+    v_offset = _offset(center.to(fine), weights.qkv_weight[2 * C :], _part(weights.qkv_bias, slice(2 * C, None)))
+    attn = _dropout(attn.to(wide), attn_drop)
+
+    # One (C, C) map an image, applied to the centred tokens.
+    proj_attn = weights.proj_weight.to(wide).unflatten(1, (h, -1)).transpose(0, 1) @ attn  # (B, h, C, d)
+    proj_attn = proj_attn.transpose(1, 2).flatten(2)  # (B, C, C)
+    mixing = (proj_attn @ weights.qkv_weight[2 * C :].to(wide)).to(x.dtype)
+    bias = (proj_attn @ v_offset.to(wide).unsqueeze(-1)).squeeze(-1)
+    if weights.proj_bias is not None:
+        bias = bias + weights.proj_bias
+    return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), xc, mixing.transpose(-2, -1))
+
+
+class _Covariance(NamedTuple):
+    attn: Tensor  # A (B, h, d, d), in the fine precision
+    xc: Tensor  # the centred tokens (B, N, C)
+    center: Tensor  # on which they are centred (B, C)
+
+
+def _covariance_attention(x: Tensor, weights: XCAWeights) -> _Covariance:
     N, C = x.shape[1:]
     h = weights.temperature.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)  # of everything whose cost has N or C^3 in it
     fine = torch.float64 if x.device.type != "mps" else wide  # of what is small; MPS has no float64
 
-    qkv_weight = weights.qkv_weight.to(wide)
-    qk_weight, v_weight = qkv_weight[: 2 * C], qkv_weight[2 * C :]
+    qk_weight = weights.qkv_weight[: 2 * C].to(wide)
     k_weight = qk_weight[C:].unflatten(0, (h, -1))  # (h, d, C)
-    proj_weight = weights.proj_weight.to(wide)
 
     # First and second moment. The tokens are centred on the mean as their own dtype can hold it (`center`), the
     # offsets of q and k are taken at the unrounded mean: the two differ by less than C's own rounding.
@@ -158,7 +199,6 @@ def _xca_covariance(x: Tensor, weights: XCAWeights, attn_drop: float) -> Tensor:
     moment = second_moment(xc)  # (B, C, C)
 
     offset = _offset(mean, weights.qkv_weight[: 2 * C], _part(weights.qkv_bias, slice(None, 2 * C)))  # (B, 2C)
-    v_offset = _offset(center.to(fine), weights.qkv_weight[2 * C :], _part(weights.qkv_bias, slice(2 * C, None)))
 
     projected = qk_weight @ moment  # (B, 2C, C): W_q C and W_k C
     squared_norms = (projected * qk_weight).sum(-1).to(fine) + N * offset.square()
@@ -170,16 +210,7 @@ def _xca_covariance(x: Tensor, weights: XCAWeights, attn_drop: float) -> Tensor:
     gram = gram + N * q_offset.unsqueeze(-1) * k_offset.unsqueeze(-2)
     # a cosine leaves [-1, 1] only by rounding, which N = 1 or 2 can blow up
     cosines = (gram / (q_norm.unsqueeze(-1) * k_norm.unsqueeze(-2))).clamp(-1, 1)
-    attn = _dropout((cosines * weights.temperature).softmax(dim=-1).to(wide), attn_drop)
-
-    # One (C, C) map an image, applied to the centred tokens.
-    proj_attn = proj_weight.unflatten(1, (h, -1)).transpose(0, 1) @ attn  # (B, h, C, d)
-    proj_attn = proj_attn.transpose(1, 2).flatten(2)  # (B, C, C)
-    mixing = (proj_attn @ v_weight).to(x.dtype)
-    bias = (proj_attn @ v_offset.to(wide).unsqueeze(-1)).squeeze(-1)
-    if weights.proj_bias is not None:
-        bias = bias + weights.proj_bias
-    return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), xc, mixing.transpose(-2, -1))
+    return _Covariance((cosines * weights.temperature).softmax(dim=-1), xc, center)
 
 
 def second_moment(xc: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch channels channels"]:
@@ -292,6 +323,24 @@ def _dropout(attn: Tensor, p: float) -> Tensor:
 
 def _part(bias: Tensor | None, part: slice) -> Tensor | None:
     return None if bias is None else bias[part]
+
+
+def _chosen_form(x: Tensor, weights: XCAWeights, form: Form) -> Form:
+    """Check the arguments, and put in auto's place what it stands for here."""
+    _check(x, weights, form)
+    if form != "auto":
+        return form
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.qkv_weight.requires_grad)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return choose_form(
+        num_tokens=x.shape[1],
+        embed_dim=x.shape[2],
+        num_heads=weights.temperature.shape[0],
+        batch_size=x.shape[0],
+        dtype=dtype,
+        device_type=x.device.type,
+        needs_grad=needs_grad,
+    )
 
 
 def _check(x: Tensor, weights: XCAWeights, form: str) -> None:
