@@ -21,7 +21,10 @@ import tyro
 from xcit import __version__
 from xcit.errors import XCiTError
 
-VERBS = ("predict", "train", "eval", "data", "quickstart", "models", "info", "doctor")
+VERBS = (
+    *("predict", "train", "eval", "probe", "embed", "index", "search", "duplicates", "retrieval", "attend"),
+    *("data", "quickstart", "models", "info", "doctor"),
+)
 """Each is the function of that name in the file of that name."""
 
 DESCRIPTION = """\

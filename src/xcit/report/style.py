@@ -9,8 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-INK, GREY, GRID, GROUND = "#1f2430", "#6b7280", "#e5e7eb", "#f6f7f9"
-BLUE, ORANGE, GREEN, RED = "#2563eb", "#ea8a1f", "#15803d", "#c81e3a"
+from xcit.report.colours import BLUE, GREEN, GREY, GRID, GROUND, INK, ORANGE, RED  # noqa: F401 (the look)
 
 DPI = 150
 

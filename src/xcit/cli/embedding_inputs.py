@@ -1,0 +1,249 @@
+"""What the verbs around features share: opening a model for them, reading features, writing results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from xcit.errors import BackendError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from xcit.inference.embedding import Failed
+    from xcit.inference.feature_file import FeatureTable, Origin
+    from xcit.inference.features import FeatureExtractor
+
+Pool = Literal["token", "avg", "both", "gem"]
+PACKAGES = {"pyarrow": "pyarrow", "faiss": "faiss-cpu"}
+"""Module and package of what the extra adds."""
+LISTED = 20
+"""Broken images that are named on stderr."""
+INTERRUPTED = 130
+
+
+def require_retrieval_extra(*modules: str) -> None:
+    """Refuse before anything slow what would fail for want of a package.
+
+    Raises:
+        BackendError: naming those that are missing, and how to install them.
+    """
+    missing = [PACKAGES[module] for module in modules if find_spec(module) is None]
+    if missing:
+        raise BackendError(
+            f"This needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f'pip install "xcit[retrieval]"'
+        )
+
+
+def check_numbers(**numbers: float | None) -> None:
+    """Refuse, all at once, numbers below 1 (gem_p: 0 and below); None is not looked at."""
+    problems = []
+    for name, number in numbers.items():
+        if number is not None and (number <= 0 if name == "gem_p" else number < 1):
+            least = "more than 0" if name == "gem_p" else "1 or more"
+            problems.append(f"--{name.replace('_', '-')} is {number}; it must be {least}")
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Read ``1,0.7,0.5``; ``multi`` are DINO's scales."""
+    if text == "multi":
+        from xcit.inference.features import MULTI_SCALE
+
+        return MULTI_SCALE
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--scales is {text!r}; it must be numbers with commas between them, or multi.") from None
+
+
+def writable(name: str | None, endings: Sequence[str], option: str) -> Path | None:
+    """Refuse a file that cannot be written at the end, hours later."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if endings and path.suffix.lower() not in endings:
+        raise ConfigError(f"{option} is {name}; its name must end in {' or '.join(endings)}.")
+    if path.is_dir():
+        raise ConfigError(f"{option} is {name}, which is a folder; name a file in it.")
+    parent = path.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "is not a folder" if not parent.is_dir() else "is a folder that you may not write to"
+        raise ConfigError(f"{option} {name} cannot be written: {parent} {what}.")
+    return path
+
+
+def open_extractor(model: str, **options: Any) -> FeatureExtractor:
+    """Return the extractor; ``options`` are its arguments, None standing for its defaults."""
+    import warnings
+
+    from PIL import Image
+
+    from xcit.inference.features import FeatureExtractor
+
+    # Pillow warns from 89 million pixels on and refuses twice as many: the refusal is what we report.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    return FeatureExtractor(model, **{name: value for name, value in options.items() if value is not None})
+
+
+def extractor_like(
+    origin: Origin, name: str, model: str | None, device: str, batch_size: int | None = None
+) -> FeatureExtractor:
+    """Return an extractor whose features can be compared with others; its fingerprint is made sure of.
+
+    Args:
+        origin: of the others.
+        name: of the file that holds them, for messages.
+        model: takes the place of the one that is noted there, such as the same weights in another place.
+        device: where to run.
+        batch_size: images at once.
+
+    Raises:
+        ConfigError: the model gives other features; the message names both.
+        DataError: the file does not say enough of its settings.
+    """
+    from xcit.data.preprocess import Preprocessing
+    from xcit.inference.feature_file import Origin
+
+    try:
+        settings = origin.settings
+        options = {
+            "pool": settings["pool"],
+            "scales": settings["scales"],
+            "gem_p": settings["gem_p"],
+            "preprocessing": Preprocessing.from_cfg(settings["preprocessing"]),
+        }
+        noted = settings["model"]
+    except (KeyError, TypeError):
+        raise DataError(f"{name}: does not say how its features were made; make it again.") from None
+    if model is None and not (os.path.isabs(noted) or os.path.exists(noted)):  # noqa: PTH110, PTH117 (a name, perhaps)
+        elsewhere = Path(origin.folder, noted)
+        model = str(elsewhere) if elsewhere.is_file() else None
+    extractor = open_extractor(model or noted, device=device, batch_size=batch_size, **options)
+    ours = Origin(extractor.fingerprint, extractor.settings, os.getcwd())  # noqa: PTH109 (text is wanted)
+    if ours.fingerprint != origin.fingerprint:
+        raise ConfigError(
+            f"{origin.unlike(ours, name)} Their features cannot be compared: take the model that it was made with, or "
+            f"make it again."
+        )
+    return extractor
+
+
+def is_feature_file(source: str) -> bool:
+    """Tell a file of features from a folder of images."""
+    return source.lower().endswith(".parquet") and not Path(source).is_dir()
+
+
+def features_of(paths: Sequence[Path], extractor: FeatureExtractor, word: str) -> tuple[FeatureTable, list[Failed]]:
+    """Compute the features of files in memory, with a progress bar.
+
+    Returns:
+        Those that could be read, and the others, which have been told on stderr.
+
+    Raises:
+        DataError: none could be read.
+    """
+    import numpy as np
+
+    from xcit.inference.embedding import Failed
+    from xcit.inference.feature_file import FeatureTable, Origin
+
+    good: list[Path] = []
+    vectors: list[np.ndarray] = []
+    failed: list[Failed] = []
+    with progress_bar(word, len(paths)) as advance:
+        for path, features in zip(paths, extractor.stream(paths), strict=True):
+            if features.vector is None:
+                failed.append(Failed(str(path), str(features.error)))
+            else:
+                good.append(path)
+                vectors.append(features.vector)
+            advance(1)
+    tell_failed(failed, len(paths))
+    if not good:
+        raise DataError(f"None of the {len(paths)} images can be read.")
+    none = np.zeros(len(good), np.int64)
+    origin = Origin(extractor.fingerprint, extractor.settings, os.getcwd())  # noqa: PTH109 (text is wanted)
+    return FeatureTable(origin, [str(path) for path in good], np.stack(vectors), none, none), failed
+
+
+def tell_failed(failed: Sequence[Failed], total: int, where: str = "") -> None:
+    """Name broken images on stderr."""
+    for each in failed[:LISTED]:
+        print(f"xcit: {printable(each.error)}", file=sys.stderr)
+    if failed:
+        more = f" The first {LISTED} are above." if len(failed) > LISTED else ""
+        print(
+            f"xcit: {len(failed):,} of {total:,} images cannot be read and are left out.{more}{where}", file=sys.stderr
+        )
+
+
+@contextmanager
+def progress_bar(word: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr if that is a terminal; yield what moves it on."""
+    if not sys.stderr.isatty():
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn(word),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task(word, total=total)
+        yield lambda steps: progress.advance(task, steps)
+
+
+def printable(name: str | Path) -> str:
+    """Return a name that takes one line: a file's name may hold any byte."""
+    name = str(name)
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json_text(data: object) -> str:
+    """Return plain data as JSON, indented."""
+    return json.dumps(data, indent=2) + "\n"
+
+
+def put(text: str) -> None:
+    """Print what programs read: names of files may hold bytes that are no UTF-8, which leave as they came."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_files(*files: tuple[Path | None, bytes]) -> None:
+    """Write the files that were asked for; results are on stdout by then, whatever the disk says."""
+    from xcit.files import write_atomic
+
+    sys.stdout.flush()
+    for path, content in files:
+        if path is not None:
+            write_atomic(path, content)
+            print(f"xcit: {path} is written.", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""Contact sheets: rows of small pictures with captions, such as a query and what a search found for it.
+
+Drawn with Pillow alone, so that it is fast with hundreds of pictures and needs nothing beyond the base installation.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from xcit.data.images import open_image
+from xcit.errors import DataError
+from xcit.report.colours import BLUE, GREY, GRID, GROUND, INK
+
+BOX = 184
+"""Side in pixels of the square that each picture fits into."""
+GAP, MARGIN, LINE, TEXT = 16, 24, 20, 13
+"""Between pictures; around the sheet; height of a line of text; size of its letters, all in pixels."""
+FOLD = 8
+"""Cells a row of the sheet; longer rows go on below."""
+MAX_ROWS = 60
+"""Lines of pictures on a sheet; more would be larger than most programs show."""
+LONGEST_SIDE_RATIO = 24
+"""A picture that is longer than so many times its breadth is drawn a little broader, to be seen at all."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture.
+
+    Attributes:
+        path: its file; one that cannot be read is drawn as an empty frame that says so.
+        caption: stands first below it, in colour, such as "1   0.987".
+        name: stands below that; what is too long is shortened in its middle.
+    """
+
+    path: Path
+    caption: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stands side by side.
+
+    Attributes:
+        lead: stands first, on a ground of its own; None for rows without.
+        cells: the others, in order.
+    """
+
+    lead: Cell | None
+    cells: Sequence[Cell]
+
+
+def contact_sheet(rows: Sequence[Row], title: str) -> Image.Image:
+    """Draw a sheet.
+
+    Args:
+        rows: at least one. What does not fit into ``MAX_ROWS`` lines is left out, and a line at the end says so.
+        title: stands above; one line.
+
+    Returns:
+        An RGB picture.
+    """
+    lines = [(row, line) for row in rows for line in range(_num_lines(row))][:MAX_ROWS]
+    left_out = len(rows) - len({id(row) for row, _ in lines})
+    leads = any(row.lead for row in rows)
+    columns = max(min(FOLD, len(row.cells)) for row in rows)
+    step, height = BOX + GAP, BOX + 3 * LINE + GAP
+    inset = step + GAP if leads else 0
+    width = max(2 * MARGIN + inset + columns * step - GAP, 2 * MARGIN + 400)
+    sheet = Image.new("RGB", (width, 2 * MARGIN + 2 * LINE + len(lines) * height + LINE * bool(left_out)), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, (MARGIN, MARGIN - 4), title, INK, width - 2 * MARGIN, size=TEXT + 3)
+    y = MARGIN + 2 * LINE
+    if leads:
+        draw.rectangle((MARGIN - 10, y - 10, MARGIN + BOX + 10, y + len(lines) * height - 6), fill=GROUND)
+    for number, (row, line) in enumerate(lines):
+        if line == 0 and number:
+            draw.line((MARGIN, y - GAP // 2, width - MARGIN, y - GAP // 2), fill=GRID)
+        if line == 0 and row.lead:
+            _draw(sheet, draw, row.lead, MARGIN, y, INK)
+        for i, cell in enumerate(row.cells[line * FOLD : (line + 1) * FOLD]):
+            _draw(sheet, draw, cell, MARGIN + inset + i * step, y, BLUE)
+        y += height
+    if left_out:
+        _write(draw, (MARGIN, y), f"... and {left_out} more rows, which do not fit here.", GREY, width - 2 * MARGIN)
+    return sheet
+
+
+def sheet_png(sheet: Image.Image) -> bytes:
+    """Return a sheet as a PNG file; the same sheet gives the same bytes."""
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _num_lines(row: Row) -> int:
+    return max(1, -(-len(row.cells) // FOLD))
+
+
+def _draw(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, x: int, y: int, colour: str) -> None:
+    try:
+        picture = _fitted(open_image(cell.path))
+    except (DataError, MemoryError):
+        draw.rectangle((x, y, x + BOX - 1, y + BOX - 1), outline=GREY, fill=GRID)
+        word = "cannot be read" if cell.path.exists() else "is not there"
+        _write(draw, (x + 10, y + BOX // 2 - LINE // 2), f"({word})", GREY, BOX - 20)
+    else:
+        at = x + (BOX - picture.width) // 2, y + (BOX - picture.height) // 2
+        sheet.paste(picture, at)
+        draw.rectangle((at[0], at[1], at[0] + picture.width - 1, at[1] + picture.height - 1), outline=GRID)
+    _write(draw, (x, y + BOX + 5), cell.caption, colour, BOX)
+    for number, text in enumerate(_two_lines(cell.name)):
+        _write(draw, (x, y + BOX + 5 + (number + 1) * (LINE - 2)), text, GREY, BOX, size=TEXT - 1)
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    """Return a picture scaled to fit the box, small ones enlarged in whole pixels so that they stay what they are."""
+    scale = BOX / max(picture.size)
+    if scale >= 2:
+        scale = int(scale)
+        method = Image.Resampling.NEAREST
+    else:
+        method = Image.Resampling.LANCZOS
+    least = max(1, BOX // LONGEST_SIDE_RATIO)
+    size = [min(BOX, max(least, round(side * scale))) for side in picture.size]
+    return picture.resize((size[0], size[1]), method, reducing_gap=3.0)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: str, width: int, *, size: int = TEXT
+) -> None:
+    draw.text(at, _shortened(_drawable(text), width, size), fill=colour, font=_font(size))
+
+
+def _two_lines(name: str) -> list[str]:
+    """Break a name that is too long for one line, at a separator if there is one; the second line is shortened."""
+    name = _drawable(name)
+    size = TEXT - 1
+    if _font(size).getlength(name) <= BOX:
+        return [name]
+    fits = next(n for n in range(len(name) - 1, -1, -1) if _font(size).getlength(name[:n]) <= BOX)
+    breaks = [i + 1 for i in range(fits // 2, fits) if name[i] in "/_- ."]
+    cut = breaks[-1] if breaks else fits
+    return [name[:cut], _shortened(name[cut:], BOX, size)]
+
+
+def _shortened(text: str, width: int, size: int) -> str:
+    """Return a text that is at most so many pixels wide, with dots for its middle: a name's end says most."""
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)  # how many characters may stay
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(_without_middle(text, middle)) <= width else (low, middle - 1)
+    return _without_middle(text, low)
+
+
+def _without_middle(text: str, length: int) -> str:
+    end = length * 2 // 3
+    return f"{text[: length - end]}...{text[len(text) - end :]}"
+
+
+def _drawable(text: str) -> str:
+    """Return a text with a question mark for each character that the font lacks or that is no letter at all."""
+    return "".join(letter if letter.isprintable() and _has_glyph(letter) else "?" for letter in text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_glyph(letter: str) -> bool:
+    if letter.isascii():
+        return True
+    return _outline(letter) != _outline("\U0010ffff")  # which no font has: what it draws stands for all it lacks
+
+
+def _outline(letter: str) -> tuple[tuple[int, int], bytes]:
+    try:
+        mask = _font(TEXT).getmask(letter)
+    except (UnicodeError, OSError):
+        return (0, 0), b""
+    return mask.size, bytes(mask)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return matplotlib's font, which has accents, Greek and Cyrillic, or else Pillow's own, which has ASCII."""
+    found = find_spec("matplotlib")  # which is not imported: that takes longer than the sheet
+    if found is not None and found.origin is not None:
+        try:
+            return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+        except OSError:
+            pass
+    return ImageFont.load_default(size)
