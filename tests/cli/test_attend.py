@@ -227,7 +227,7 @@ def test_what_is_no_video_is_refused(capsys, tmp_path):
     [
         (["--kind", "overlays"], "Did you mean 'overlay'"),
         (["--kind", ","], "--kind is empty"),
-        (["--layer", "3"], "layers are"),
+        (["--layer", "3"], "(--layer 1 to 2)"),
         (["--layer", "0"], "counted from 1"),
         (["--head", "4"], "heads are 0 to 3"),
         (["--head", "first"], "mean, all or a head's number"),

@@ -231,6 +231,18 @@ def test_indexes_that_cannot_be(capsys, tmp_path, arguments, message):
     assert not (tmp_path / "a.index").exists()
 
 
+def test_an_index_replaces_an_index_and_nothing_else(capsys, tmp_path):
+    features, index = tmp_path / "f.parquet", tmp_path / "a.index"
+    run(capsys, "embed", "photos", "-o", features, "--model", "m.safetensors")
+    before = features.read_bytes()
+    status, _, err = run(capsys, "index", features, "-o", features)
+    assert (status, features.read_bytes()) == (2, before)
+    assert "is there already and is no index" in err
+    for kind in ("exact", "hnsw"):
+        assert run(capsys, "index", features, "-o", index, "--kind", kind)[0] == 0
+        assert read_index(index).kind == kind
+
+
 def test_metadata_names_the_model(capsys, tmp_path):
     run(capsys, "embed", "photos", "-o", tmp_path / "f.npy", "--model", "m.safetensors")
     about = json.loads((tmp_path / "f.json").read_text())

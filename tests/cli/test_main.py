@@ -23,7 +23,8 @@ def run(code):
 def test_help_names_every_verb_with_its_first_line(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "usage: xcit [-h] {predict,train,eval,data,quickstart,models,info,doctor}" in text
+    verbs = "predict,train,eval,probe,embed,index,search,duplicates,retrieval,attend,data,quickstart,models,info,doctor"
+    assert f"usage: xcit [-h] {{{verbs}}}" in text
     assert "predict     Name the likeliest classes of images." in text
     assert "Exit status" not in text  # that is what `xcit predict --help` is for
 

@@ -1,6 +1,7 @@
 """`xcit probe`: figures against the functions called by hand, what it says, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +117,26 @@ def test_a_bank_smaller_than_every_usual_k(capsys):
     assert status == 0
     assert "k = 10 " in out
     assert "k = 20" not in out
+
+
+def test_broken_images_that_choose_are_named_too(place, capsys, tmp_path):
+    shutil.copytree(place / "data", tmp_path / "d")
+    (tmp_path / "d" / "train" / "bee" / "3.png").unlink()
+    (tmp_path / "d" / "val" / "ant" / "2.png").write_bytes(b"nothing of the kind")
+    for method, skipped in (("logistic", ["ant/2.png"]), ("knn", [])):  # k-NN chooses nothing: they are not opened
+        status, out, err = xcit_probe(capsys, "--method", method, "--format", "json", data=str(tmp_path / "d"))
+        assert status == 0
+        assert [each["name"].removeprefix("val/") for each in json.loads(out)["skipped"]] == skipped
+        assert ("1 image is broken" in err) == bool(skipped)
+
+
+def test_a_bank_that_cannot_be_divided_has_neighbours(place, capsys, tmp_path):
+    shutil.copytree(place / "small", tmp_path / "d")
+    for image in (tmp_path / "d" / "train").rglob("[1-9].png"):
+        image.unlink()
+    status, out, _ = xcit_probe(capsys, "--k", "1", data=str(tmp_path / "d"))
+    assert status == 0
+    assert "learnt from  3 images" in out
 
 
 def test_logistic_and_baselines(capsys):

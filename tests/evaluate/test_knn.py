@@ -254,6 +254,9 @@ def test_the_probe_for_training(model):
     assert result.accuracies[5].num_correct == want[0] > 15
     again = knn_probe(model, pictures(0, 60), pictures(60, 31), prepared, ks=(5, 200), max_bank=40, max_queries=30)
     assert again == result
+    with pytest.raises(DataError, match="1 of 5 images cannot be decoded"):
+        knn_probe(model, pictures(0, 5), pictures(60, 5), prepared, ks=(3,))
+    assert knn_probe(model, pictures(0, 5), pictures(60, 5), prepared, ks=(3,), max_bad_fraction=0.2).num_bank == 4
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

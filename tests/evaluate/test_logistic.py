@@ -166,6 +166,10 @@ def test_the_parts_with_and_without_a_test_part():
     chosen = {row.tobytes() for row in features.choose.features}
     assert not chosen & {row.tobytes() for row in features.learn.features}
 
+    for parts in (DataSplits(train, val, test), DataSplits(train, val, None), DataSplits(pictures(0, 2), val, None)):
+        features = embed_parts(embed, probe_sets(parts), choosing=False)
+        assert [len(f.labels) for f in features] == [len(parts.train)] * 2 + [0, len(parts.test or val)]
+
 
 def test_rows_of_the_table():
     features = embed_parts(embed, probe_sets(DataSplits(pictures(0, 40), pictures(40, 10), pictures(50, 12))))

@@ -166,7 +166,7 @@ class Counting:
     def __init__(self, stop=None):
         self.rows, self.stop = 0, stop
 
-    def __call__(self, failed):
+    def __call__(self, *failed, **others):
         self.rows += 1
         if self.rows == self.stop:
             raise KeyboardInterrupt
@@ -314,6 +314,37 @@ def test_rows_of_other_images_are_not_dropped_unasked(tmp_path, model, photos):
     photos[6].unlink()
     assert embed_files(photos[:5], extractor(model), out).num_gone == 2
     assert len(read_features(out)) == 5
+
+
+def test_rows_of_other_images_are_dropped_when_asked(tmp_path, model, photos):
+    out = tmp_path / "f.parquet"
+    embed_files(photos, extractor(model), out)
+    seen = Counting()
+    embed_files(photos[:5], extractor(model), out, on_row=seen, overwrite=True)
+    assert seen.rows == 0
+    assert read_features(out).paths == [str(path) for path in photos[:5]]
+
+
+@pytest.mark.parametrize("name", ["f.parquet", "f.npy"])
+def test_killed_between_the_last_part_and_the_output_it_loses_nothing(tmp_path, model, photos, monkeypatch, name):
+    out = tmp_path / name
+    embed_files(photos[:4], extractor(model), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding._Run, "_finish", Counting(1))
+        with pytest.raises(KeyboardInterrupt):
+            embed_files(photos, extractor(model), out, overwrite=name.endswith("npy"))
+    seen = Counting()
+    embed_files(photos, extractor(model), out, on_row=seen, overwrite=name.endswith("npy"))
+    assert seen.rows == 0
+    found = read_features(out).features if name.endswith("parquet") else np.load(out)
+    assert_close(found, extractor(model)(photos))
+
+
+def test_rows_stand_in_the_order_of_the_paths_after_a_repeat_too(tmp_path, model, photos):
+    out = tmp_path / "f.parquet"
+    embed_files(photos, extractor(model), out)
+    embed_files(photos[::-1], extractor(model), out)
+    assert read_features(out).paths == [str(path) for path in photos[::-1]]
 
 
 def test_what_is_not_ours_is_never_replaced(tmp_path, model, photos):

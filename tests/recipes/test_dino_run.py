@@ -164,6 +164,69 @@ def test_folders_are_classes_for_the_probe_alone(tmp_path):
     assert (len(job.data.train), job.data.probe) == (40, None)
 
 
+def test_folders_that_are_no_classes(tmp_path):
+    """An image in each: none could be split off for the probe."""
+    for i in range(8):
+        images_in(tmp_path / "d" / f"day {i}", 1, start=i)
+    with pytest.raises(DataError, match=r"cannot be divided .*data\.format=images takes all images below it"):
+        DinoJob(with_data(tmp_path / "d"))
+    assert len(DinoJob(with_data(tmp_path / "d", **{"data.format": "images"})).data.train) == 8
+
+
+def test_one_image_is_too_few(tmp_path):
+    images_in(tmp_path / "d", 1)
+    with pytest.raises(DataError, match=r"one image to train on, 0\.png; DINO needs two or more"):
+        DinoJob(with_data(tmp_path / "d"))
+
+
+def test_the_probe_takes_as_many_broken_images_as_training(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        images_in(tmp_path / "d" / "train" / name, 10)
+        images_in(tmp_path / "d" / "val" / name, 4)
+    for name in ("a", "b"):
+        (tmp_path / "d" / "val" / name / "3.png").write_bytes(b"no")
+    folder = tmp_path / "d"
+    with pytest.raises(DataError, match=r"k-NN probe failed: .*cannot be decoded.* or begin a run with probe\.every=0"):
+        train(with_data(folder), new_run(tmp_path / "strict"))
+    result = train(with_data(folder, **{"data.max_bad_fraction": 0.5}), new_run(tmp_path / "lenient"))
+    assert result.knn.accuracies[5].num_images == 6
+    monkeypatch.setattr("xcit.recipes.dino_job.write_dino_report", lambda *_: None)
+    few = {"data.max_bad_fraction": 1.0, "probe.max_images": 10, "probe.k": 400}
+    result = train(with_data(folder, **few), new_run(tmp_path / "few"))
+    assert result.knn.num_bank == 10
+    assert result.knn.of(result.k)[0] == 10  # of 400 that were asked for
+
+
+def test_a_failing_probe_ends_all_processes_alike(tmp_path, monkeypatch):
+    """Only the first process probes: what goes wrong there is what the others hear, who wait for its answer."""
+    job = DinoJob(TINY)
+    heard = []
+
+    def fail(*_, **__):
+        raise DataError("Nothing is left.")
+
+    monkeypatch.setattr("xcit.recipes.dino_job.knn_probe", fail)
+    monkeypatch.setattr(DinoTask, "current_epoch", 1)
+    monkeypatch.setattr(DinoTask, "global_rank", 0)
+    monkeypatch.setattr(DinoTask, "gathered", lambda _, item: heard.append(item) or [item, {}])
+    figures = {"teacher_entropy": 1.0, "teacher_spread": 2.0}
+    with pytest.raises(DataError, match="k-NN probe failed: Nothing is left"):
+        job.task.look(figures)
+    monkeypatch.setattr(DinoTask, "global_rank", 1)
+    monkeypatch.setattr(DinoTask, "gathered", lambda _, item: [heard[0], item])
+    with pytest.raises(DataError, match="k-NN probe failed: Nothing is left"):
+        job.task.look(figures)
+
+
+def test_few_images_have_no_neighbour_twice_or_themselves(tmp_path):
+    """Of six images none has six others: there is no sheet of neighbours."""
+    images_in(tmp_path / "d", 6)
+    run = new_run(tmp_path / "run")
+    train(with_data(tmp_path / "d", **{"optim.batch_size": 3}), run)
+    assert not run.neighbours.exists()
+    assert run.report.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,7 +249,7 @@ def test_data_that_is_not_there(changes, message):
         ({"optim.warmup_epochs": 3}, "warmup_epochs is 3 of 3 epochs"),
         ({"teacher.warmup_temp_epochs": 0}, "teacher.warmup_temp is for the first"),
         ({"crops.local_min_area": 0.9}, "crops.local_min_area is 0.9, above crops.local_max_area, 0.4"),
-        ({"crops.local_size": 64}, "crops.local_size is 64, more than"),
+        ({"crops.local_size": 64}, "crops.local_size is 64, more than crops.global_size, 16; lower it, such as --set"),
         ({"data.root": ""}, "data.root is empty"),
         ({"compute.strategy": "fsdp", "compute.devices": 2}, "fsdp shards the weights"),
     ],
@@ -257,8 +320,16 @@ def test_weights_to_begin_with(finished, tmp_path):
     config = override(TINY, {"model.pretrained": str(run.model)})
     ours, theirs = DinoJob(config).task.student.backbone.state_dict(), runs.weights(run.model)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    with pytest.raises(ConfigError, match="which means weights; name the architecture xcit_small_12_p16"):
-        DinoJob(override(TINY, {"model.name": "xcit_small_12_p16_224"}))
+    for changes, message in (
+        ({"model.name": "xcit_small_12_p16_224"}, "which means weights; name the architecture xcit_small_12_p16"),
+        ({"model.name": "timm:resnet18"}, "DINO trains XCiTs here"),
+        (
+            {"model.name": "xcit_small_12_p16", "model.pretrained": "released"},
+            "name the weights, such as --pretrained dino_xcit_small_12_p16_pretrain",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            DinoJob(override(TINY, changes))
 
 
 def test_the_plan_tells_what_would_happen():

@@ -174,6 +174,31 @@ def _ablations(
         sys.exit(stop.exit_code)
 
 
+@app.command(name="self-supervision")
+def _self_supervision(
+    seeds: int = 3,
+    device: Device = "cpu",
+    runs: Path = Path("runs/self_supervision"),
+    results: Path = RESULTS,
+) -> None:
+    """Learn the digits without their labels, and probe what was learned beside random weights and raw pixels.
+
+    Args:
+        seeds: runs, with the seeds from 0; what was measured already is left out.
+        device: where to train.
+        runs: folder of the run folders.
+        results: folder of the CSV file that grows.
+    """
+    from xcit.bench import self_supervision
+    from xcit.recipes.interrupts import StoppedError
+
+    try:
+        self_supervision.run(seeds=seeds, results_dir=results, runs_dir=runs, device=device)
+    except StoppedError as stop:
+        print(f"Stopped by {stop}; the same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
 @app.command(name="tables")
 def _tables(
     check: Annotated[bool, tyro.conf.arg(help="write nothing; fail if a table is not up to date")] = False,

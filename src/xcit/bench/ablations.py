@@ -118,7 +118,7 @@ def measure(config: RunConfig, root: Path) -> Row:
     from xcit.recipes.train import train
     from xcit.tasks.task import DivergedError
 
-    folder, complete = _folder(config, root)
+    folder, complete = folder_of(config, root)
     diverged = False
     if not complete:
         try:
@@ -138,7 +138,7 @@ def measure(config: RunConfig, root: Path) -> Row:
     return row | (_figures_so_far(folder) if diverged else _figures(folder))
 
 
-def _folder(config: RunConfig, root: Path) -> tuple[RunFolder, bool]:
+def folder_of(config: RunConfig, root: Path) -> tuple[RunFolder, bool]:
     """Return the folder to train in, and whether the run in it is complete."""
     from xcit.recipes.config_file import read_config
 
@@ -154,11 +154,13 @@ def _folder(config: RunConfig, root: Path) -> tuple[RunFolder, bool]:
     return new_run(root, overwrite=True), False
 
 
-def _sizes(config: TrainConfig) -> tuple[int, int]:
+def _sizes(config: RunConfig) -> tuple[int, int]:
     """Return the model's parameters and the multiply-adds of one image."""
     from xcit.inference.costs import count_model_costs
     from xcit.recipes.build import build_model, open_splits
+    from xcit.recipes.config import TrainConfig
 
+    assert isinstance(config, TrainConfig)
     model = build_model(config, open_splits(config).train.class_names)
     size = config.data.image_size
     costs = count_model_costs(model, (config.data.in_chans, size, size))
@@ -250,9 +252,9 @@ def table(results_dir: Path) -> str:
     machines = " / ".join(
         sorted({f"{row['hardware']}, {row['threads']} thread{'s' * (row['threads'] != '1')}" for row in rows})
     )
-    versions = ", ".join(f"{name} {_joined(row[name] for row in rows)}" for name in ("torch", "timm", "xcit"))
-    days = _joined(row["date"][:10] for row in rows)
-    epochs = _joined(row["epochs"] for row in rows)
+    versions = ", ".join(f"{name} {joined(row[name] for row in rows)}" for name in ("torch", "timm", "xcit"))
+    days = joined(row["date"][:10] for row in rows)
+    epochs = joined(row["epochs"] for row in rows)
     return "\n".join((*lines, "", f"{epochs} epochs; {machines}; {versions}; {days}."))
 
 
@@ -262,7 +264,7 @@ def _table_row(outcome: Outcome, base: float) -> str:
     accuracy = images = against = "–"
     if correct:
         total = next(int(row["test_images"]) for row in outcome.rows if row["test_images"])
-        accuracy = _spread([100 * value / total for value in correct], 2)
+        accuracy = spread([100 * value / total for value in correct], 2)
         images = f"{', '.join(map(str, correct))} of {total}"
         if outcome.name != BASELINE and not math.isnan(base):
             against = f"{outcome.mean_correct - base:+.1f}".replace("-", "\u2212")
@@ -277,18 +279,19 @@ def _table_row(outcome: Outcome, base: float) -> str:
         accuracy,
         images,
         against,
-        _spread(val, 2) if val else "–",
-        _spread(loss, 3) if loss else "–",
+        spread(val, 2) if val else "–",
+        spread(loss, 3) if loss else "–",
         f"{statistics.fmean(float(row['minutes']) for row in outcome.rows):.1f}",
     )
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Mean and half of the range."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def _joined(values: Any) -> str:
+def joined(values: Any) -> str:
+    """Return different values once each, as text."""
     return " / ".join(sorted(set(values)))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xcit.bench import ablations, results
+from xcit.bench import ablations, results, self_supervision
 from xcit.bench.cases import BACKBONE, LOADING_COLUMNS, TRAINING, WIDTHS, XCA, XCA_FORMS, XCA_MEMORY, Case, Suite
 from xcit.errors import ConfigError, DataError, UnknownNameError
 from xcit.files import write_atomic
@@ -203,6 +203,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "backbone": backbone_table,
     "training": training_table,
     "ablations": ablations.table,
+    "self-supervision": self_supervision.table,
     "loading": loading_table,
     "memory": memory_table,
     "forms": forms_table,

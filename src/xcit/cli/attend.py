@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xcit.errors import BackendError, ConfigError, DataError, UnknownNameError
 
@@ -43,12 +43,12 @@ def attend(
     size: Annotated[
         str | None, arg(metavar="original|PX|HxW", help_behavior_hint="(default: the image's own, within limits)")
     ] = None,
-    side_by_side: bool = False,
-    foreground: bool = False,
+    side_by_side: Annotated[bool, FlagCreatePairsOff] = False,
+    foreground: Annotated[bool, FlagCreatePairsOff] = False,
     basis: Annotated[
         Literal["common", "each"] | None, arg(metavar="common|each", help_behavior_hint="(default: common)")
     ] = None,
-    overwrite: bool = False,
+    overwrite: Annotated[bool, FlagCreatePairsOff] = False,
     device: Annotated[str, arg(metavar="auto|cpu|cuda|mps")] = "auto",
 ) -> int:
     """Show where a model looks, in images and videos.
@@ -60,12 +60,17 @@ def attend(
     to what the model expects, one of more than 1,048,576 pixels scaled down to that. MODEL is a released model's name,
     a checkpoint that xcit wrote, or hf-hub:owner/name. Kinds, and the files that come of photo.jpg:
 
-    overlay  the class token's attention laid over the image, photo_overlay.png;
-    mask     the fewest patches that hold 60 % of it, white on black, photo_mask.png;
-    heads    one figure of the image, the heads' mean and every head, photo_heads.png;
-    raw      photo_attention.npy (heads, rows, columns), each head's shares of the patches, and photo_attention.json;
-    xca      the channel attention of every block and head, photo_xca.png and photo_xca.npy;
-    pca      the three main directions of the patch features as red, green and blue, photo_pca.png.
+    overlay: the class token's attention laid over the image, photo_overlay.png.
+
+    mask: the fewest patches that hold 60 % of it, white on black, photo_mask.png.
+
+    heads: one figure of the image, the heads' mean and every head, photo_heads.png.
+
+    raw: photo_attention.npy (heads, rows, columns), each head's shares of the patches, and photo_attention.json.
+
+    xca: the channel attention of every block and head, photo_xca.png and photo_xca.npy.
+
+    pca: the three main directions of the patch features as red, green and blue, photo_pca.png.
 
     Of a video come MP4 files instead of PNG, every frame at its time, upright, without sound; an odd height or width
     becomes even by a second last row or column; raw holds every frame, xca the first.

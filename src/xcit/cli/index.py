@@ -39,7 +39,7 @@ def index(
 
     Args:
         source: What to index; see above.
-        output: The index, one file.
+        output: The index, one file; an index that is there already is replaced.
         model: Who looks at a folder's images. For a file of features it is not needed, and checked if it is given.
         kind: See above.
         pool: For a folder: the class token, the mean of the patch tokens, both, or their generalised mean.
@@ -58,8 +58,10 @@ def index(
     from pathlib import Path
 
     from xcit.inference.feature_file import read_features
-    from xcit.inference.index import RECALL_AT, TARGET_RECALL, build_index, save_index
+    from xcit.inference.index import RECALL_AT, TARGET_RECALL, build_index, is_index, save_index
 
+    if path.exists() and not is_index(path):
+        raise ConfigError(f"--output is {output}, which is there already and is no index; name another file.")
     failed: list[inputs.Failed] = []
     if inputs.is_feature_file(source):
         if pool is not None or scales is not None or image_size is not None:

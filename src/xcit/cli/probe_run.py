@@ -44,6 +44,19 @@ class Plan:
     num_workers: int | None
     weights_file: Path | None
 
+    @property
+    def chooses_rate(self) -> bool:
+        """Whether the linear probe has a learning rate to choose.
+
+        A single one leaves nothing to choose, so that all of the training part is learnt from, as published.
+        """
+        return len(self.settings.lrs) > 1
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is chosen by images of its own."""
+        return "logistic" in self.methods or ("linear" in self.methods and self.chooses_rate)
+
 
 def run_probes(
     plan: Plan,
@@ -82,7 +95,7 @@ def run_probes(
     try:
         with _progress() as stage:
             features = _embedded(extract, sets, plan, stage)
-            tell_skipped((*features.bank.skipped, *features.judge.skipped))
+            tell_skipped(features.skipped)
             if "knn" in plan.methods and plan.ks is None:
                 plan = replace(plan, ks=_usual_ks(int(features.bank.decoded.sum())))
             for row in _rows(name, plan, extract, features, sets, baselines, stage):
@@ -116,7 +129,7 @@ def _embedded(
     def embed(images: ImageSet) -> SetFeatures:
         return embed_set(extract, images, num_workers=plan.num_workers, on_progress=stage(words, len(images)))
 
-    return embed_parts(embed, sets)
+    return embed_parts(embed, sets, choosing=plan.chooses)
 
 
 def _rows(
@@ -172,9 +185,7 @@ def _linear_row(
     stage: Stage,
     keep: bool,
 ) -> ProbeRow:
-
-    # A single learning rate leaves nothing to choose, so that all of the training part is learnt from, as published.
-    chooses = len(plan.settings.lrs) > 1
+    chooses = plan.chooses_rate
     learn = learning_set(sets) if chooses else sets.bank
     advance = stage("linear", plan.settings.epochs * len(learn))
     state = _state_file(plan.weights_file) if keep else None
@@ -213,7 +224,7 @@ def _pixel_rows(
     def embed(images: ImageSet) -> SetFeatures:
         return pixel_set(images, prepared, num_workers=plan.num_workers, on_progress=stage("pixels", len(images)))
 
-    pixels = embed_parts(embed, sets)
+    pixels = embed_parts(embed, sets, choosing="logistic" in plan.methods)
     H, W = prepared.image_size
     kinds = [(f"pixels, {H} x {W}", pixels)] if "pixels" in baselines else []
     if "pca" in baselines:

@@ -54,7 +54,7 @@ def tell(
         json_file: to be written as well.
         complete: whether these are all that were asked for.
     """
-    skipped = (*features.bank.skipped, *features.judge.skipped)
+    skipped = features.skipped
     record = {
         **about,
         "complete": complete,

@@ -100,8 +100,10 @@ def _print_table(table: FeatureTable, lines: list[tuple[str, int, str, str]]) ->
     from xcit.cli.embedding_inputs import printable
     from xcit.cli.output import print_table
 
-    for query in table.paths:
-        rows = [(str(rank), similarity, printable(file)) for name, rank, similarity, file in lines if name == query]
+    results: dict[str, list[tuple[str, str, str]]] = {query: [] for query in table.paths}
+    for query, rank, similarity, file in lines:
+        results[query].append((str(rank), similarity, printable(file)))
+    for query, rows in results.items():
         print_table(printable(query), (">rank", ">similarity", "file"), rows)
     sys.stdout.flush()
 

@@ -207,7 +207,7 @@ def _show_dino(result: DinoResult, run: RunFolder, console: Console) -> None:
     from rich.markup import escape
 
     if result.knn is not None:
-        k, found = max(result.knn.accuracies.items(), key=lambda item: item[1].top1)
+        k, found = result.knn.of(result.k)  # not the best of them: it would be chosen by the images that judge it
         low, high = found.interval
         text = (
             f"[bold]the nearest neighbours tell the class of {100 * found.top1:.1f} % of the probe's images[/bold] "

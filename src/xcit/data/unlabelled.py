@@ -63,9 +63,16 @@ def open_unlabelled(
         if download:
             raise ConfigError(f"Only public sets can be downloaded; the format is {format}.")
         return _all_images(path, in_chans)
-    train, val, _, notes = open_data(
-        root, format, val_fraction=val_fraction, split_seed=split_seed, in_chans=in_chans, download=download
-    )
+    try:
+        train, val, _, notes = open_data(
+            root, format, val_fraction=val_fraction, split_seed=split_seed, in_chans=in_chans, download=download
+        )
+    except DataError as error:
+        if format != "auto" or not str(root) or not path.is_dir():
+            raise
+        raise DataError(
+            f"{error} (If its folders are no classes, data.format=images takes all images below it.)"
+        ) from None
     if train.multi_label:
         notes += ("An image may have several classes, which the k-NN probe is not for; it is left out.",)
         return UnlabelledData(train, None, notes)
@@ -94,7 +101,7 @@ def _training_part(path: Path) -> Path:
 
 def _all_images(path: Path, in_chans: int) -> UnlabelledData:
     check_channels(in_chans)
-    if not str(path) or not path.is_dir():
+    if not path.is_dir():
         raise DataError(f"{path}: is not a folder of images.")
     base = _training_part(path)
     names = [_relative(found, path) for found in find_images([base])]

@@ -52,6 +52,11 @@ class KNNResult:
     num_bank: int
     temperature: float
 
+    def of(self, k: int) -> tuple[int, Accuracy]:
+        """Return what k neighbours say; where the bank is smaller, all of it, and how many these are."""
+        k = min(k, self.num_bank)
+        return k, self.accuracies[k]
+
 
 def knn_accuracy(
     queries: np.ndarray,
@@ -167,6 +172,7 @@ def knn_probe(
     max_queries: int | None = None,
     batch_size: int | None = None,
     num_workers: int = 0,
+    max_bad_fraction: float = 0.1,
 ) -> KNNResult:
     """Classify images by a model's features, as during training: the model is left in its mode and on its device.
 
@@ -184,6 +190,7 @@ def knn_probe(
         max_queries: likewise of the queries.
         batch_size: images through the model at once; None for as many as have the pixels of 32 images of 224.
         num_workers: processes that decode.
+        max_bad_fraction: share of the images of each set that may fail to decode, 0 to 1.
 
     Raises:
         XCiTError: as ``embed_set`` and ``knn_accuracy``.
@@ -191,7 +198,15 @@ def knn_probe(
     arrays: list[np.ndarray] = []
     for images, most in ((queries, max_queries), (bank, max_bank)):
         chosen = images if most is None or most >= len(images) else images.subset(_spread(len(images), most))
-        embedded = embed_set(model, chosen, preprocessing, pool=pool, batch_size=batch_size, num_workers=num_workers)
+        embedded = embed_set(
+            model,
+            chosen,
+            preprocessing,
+            pool=pool,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
         arrays += embedded.usable()
     fitting = list(dict.fromkeys(min(k, len(arrays[2])) for k in ks))
     return knn_accuracy(

@@ -14,6 +14,7 @@ from xcit.evaluate.accuracy import Accuracy
 from xcit.evaluate.embedding import SetFeatures
 from xcit.evaluate.knn import knn_accuracy
 from xcit.evaluate.logistic import logistic_probe
+from xcit.evaluate.run import Skipped
 from xcit.models.xcit import XCiT
 
 CHOOSING_SHARE = 0.1
@@ -40,7 +41,13 @@ class ProbeFeatures(NamedTuple):
     learn: SetFeatures
     """The bank, less the share that has to choose."""
     choose: SetFeatures
+    """Empty where nothing is chosen."""
     judge: SetFeatures
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The images that could not be decoded."""
+        return (*self.bank.skipped, *self.choose.skipped, *self.judge.skipped)
 
 
 class ProbeRow(NamedTuple):
@@ -60,16 +67,21 @@ def probe_sets(splits: DataSplits) -> ProbeSets:
     return ProbeSets(splits.train, splits.val, splits.test, "test")
 
 
-def embed_parts(embed: Callable[[ImageSet], SetFeatures], sets: ProbeSets) -> ProbeFeatures:
+def embed_parts(embed: Callable[[ImageSet], SetFeatures], sets: ProbeSets, *, choosing: bool = True) -> ProbeFeatures:
     """Embed each image once.
 
     Args:
         embed: a set to its features.
         sets: from ``probe_sets``.
+        choosing: whether anything is chosen; without, all of the bank is learnt from, and what could choose is left
+            alone.
 
     Raises:
         DataError: the bank is too small to split off what should choose.
     """
+    if not choosing:
+        bank = embed(sets.bank)
+        return ProbeFeatures(bank, bank, bank.subset(np.arange(0)), embed(sets.judge))
     if sets.choose is None:
         learn_at, choose_at = _divided(sets.bank)
     bank, judge = embed(sets.bank), embed(sets.judge)

@@ -134,7 +134,10 @@ class AttentionViewer:
                 "The model has no class attention to look at (variant avg_pool); xca and pca are what it has."
             )
         if not -num_layers <= layer < num_layers:
-            raise ConfigError(f"layer is {layer}; the model's class-attention layers are 0 to {num_layers - 1}.")
+            raise ConfigError(
+                f"layer is {layer}, counted from 0; the model has {num_layers} class-attention layers "
+                f"(--layer 1 to {num_layers})."
+            )
         num_heads = self.model.config["num_heads"]
         if head == "mean":
             return layer % num_layers, [None]

@@ -158,7 +158,7 @@ class _Run:
         where = {self.origin.key(name): i for i, (name, _, _) in enumerate(self.files)}
         for table in [*([self.former] if self.former else []), *self.parts.read()]:
             self._take_over(table, where, rows, done)
-        self.former = None
+        former, self.former = self.former, None
         num_reused = int(done.sum())
         if on_reused is not None:
             on_reused(num_reused)
@@ -169,7 +169,7 @@ class _Run:
             shutil.rmtree(self.parts.folder, ignore_errors=True)
             first = f" The first: {self.failed[0].error}" if self.failed else ""
             raise DataError(f"None of the {self.num_images} images can be read.{first}")
-        self._finish(rows, done, changed=bool(missing) or self.num_gone > 0)
+        self._finish(rows, done, changed=former is None or not self._is_as(former, rows, done))
         return Embedded(int(done.sum()), num_reused, self.num_gone, self.failed)
 
     def _take_over(self, table: FeatureTable, where: dict[str, int], rows: np.ndarray, done: np.ndarray) -> None:
@@ -178,6 +178,19 @@ class _Run:
             i = where.get(table.origin.key(name))
             if i is not None and (table.sizes[j], table.mtimes[j]) == self.files[i][1:]:
                 rows[i], done[i] = table.features[j], True
+
+    def _is_as(self, former: FeatureTable, rows: np.ndarray, done: np.ndarray) -> bool:
+        """Tell whether the former output has these very rows: of the same files, as they are now, in the same order.
+
+        Whether anything was computed does not tell: a killed run's parts may have all that was missing.
+        """
+        names = [name for (name, _, _), is_done in zip(self.files, done, strict=True) if is_done]
+        if list(former.paths) != names or former.origin.folder != self.origin.folder:
+            return False
+        stats = [file[1:] for file, is_done in zip(self.files, done, strict=True) if is_done]
+        if list(zip(former.sizes.tolist(), former.mtimes.tolist(), strict=True)) != stats:
+            return False
+        return np.array_equal(former.features, rows[done], equal_nan=True)
 
     def _compute(
         self, missing: list[int], rows: np.ndarray, done: np.ndarray, on_row: Callable[[Failed | None], None] | None
@@ -218,7 +231,7 @@ class _Run:
 
     def _finish(self, rows: np.ndarray, done: np.ndarray, changed: bool) -> None:
         """Put the output in its place, then what is no longer needed away: in this order, a kill loses nothing."""
-        if changed or not self.output.exists():
+        if changed:
             chosen = np.flatnonzero(done).tolist()
             table = self._table(rows, chosen) if len(chosen) < len(rows) else self._whole(rows)
             write_features(self.output, table)

@@ -253,6 +253,15 @@ def save_index(path: Path, index: ImageIndex) -> None:
         file.write(digest.digest())
 
 
+def is_index(path: Path) -> bool:
+    """Tell by its first bytes whether a file is an index, damaged or not; one that cannot be read is none."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def read_index(path: Path) -> ImageIndex:
     """Read what ``save_index`` wrote, after its checksum was found right.
 

@@ -177,7 +177,7 @@ class ProbeConfig:
     temperature: Annotated[float, Range(0.001, 10)] = 0.07
     """Of the weight exp(cosine / temperature) of a neighbour's vote."""
     max_images: Annotated[int, Range(10, 1 << 30)] = 50_000
-    """At most so many training images are asked, spread evenly through the set."""
+    """At most so many training images are asked, and about at most so many others, spread evenly through each set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,10 @@ class DinoConfig(RunConfig):
                 f"{crops.blur_max_radius:g}"
             )
         if crops.num_local and crops.local_size > crops.global_size:
-            yield f"crops.local_size is {crops.local_size}, more than crops.global_size, {crops.global_size}"
+            yield (
+                f"crops.local_size is {crops.local_size}, more than crops.global_size, {crops.global_size}; lower it, "
+                f"such as --set crops.local_size={max(8, crops.global_size // 2)}"
+            )
         if data.format == "digits" and data.root:
             yield "data.format=digits is the embedded set; drop data.root, or write it out by xcit data digits"
         if data.format != "digits" and not data.root:

@@ -18,7 +18,7 @@ from xcit.data.multi_crop import CropImages, CropRecipe, MultiCrop
 from xcit.data.preprocess import Preprocessing
 from xcit.data.sampling import EpochSampler
 from xcit.data.unlabelled import UnlabelledData, open_unlabelled
-from xcit.errors import ConfigError
+from xcit.errors import ConfigError, DataError, XCiTError
 from xcit.evaluate.knn import KS, KNNResult, knn_probe
 from xcit.files import write_atomic
 from xcit.inference.costs import count_model_costs
@@ -27,7 +27,7 @@ from xcit.models.dino_head import DINOHead, DINOModel, teacher_of
 from xcit.models.factory import create_model
 from xcit.models.weights import save_checkpoint
 from xcit.models.xcit import XCiT
-from xcit.models.zoo import find
+from xcit.models.zoo import CHECKPOINTS, find
 from xcit.recipes.build import GREY, RGB, measure_statistics
 from xcit.recipes.checkpointing import RunKeeper, skipped_images
 from xcit.recipes.dino_config import DinoConfig
@@ -57,12 +57,15 @@ class DinoResult:
         figures: of the last epoch.
         knn: the probe with each published number of neighbours; None where the data has no labels.
         collapse: how the teacher's outputs have collapsed; None if they have not.
+        environment: versions and machine.
+        k: the number of neighbours that was settled on beforehand (probe.k).
     """
 
     figures: Mapping[str, float]
     knn: KNNResult | None = None
     collapse: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    k: int = 20
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -106,6 +109,8 @@ class DinoJob(Job):
             in_chans=data.in_chans,
             download=data.download,
         )
+        if len(self.data.train) < 2:
+            raise DataError(f"There is one image to train on, {self.data.train.names[0]}; DINO needs two or more.")
         self.images = {"train": self.data.train}
         torch.manual_seed(config.seed)
         backbone = build_backbone(config)
@@ -216,7 +221,7 @@ class DinoJob(Job):
         if probe is not None and self.config.probe.every:
             ks = dict.fromkeys((*KS, self.config.probe.k))
             knn = self._probe(model, sorted(ks))
-        result = DinoResult(figures, knn, task.collapse(figures), environment(device))
+        result = DinoResult(figures, knn, task.collapse(figures), environment(device), self.config.probe.k)
         skipped = skipped_images(keeper.skipped, self.images)
         record = DinoRecord(
             config=self.config,
@@ -246,11 +251,17 @@ class DinoJob(Job):
         every = self.config.probe.every
         if self.data.probe is None or not every or (epoch % every and epoch != self.config.epochs):
             return {}
-        found: dict[str, float] = {}
+        found: dict[str, float] | str = {}
         if self.task.global_rank == 0:
-            accuracies = self._probe(self.task.model, [self.config.probe.k]).accuracies
-            found = {"knn_accuracy": next(iter(accuracies.values())).top1}
-        return self.task.gathered(found)[0]
+            try:
+                accuracies = self._probe(self.task.model, [self.config.probe.k]).accuracies
+                found = {"knn_accuracy": next(iter(accuracies.values())).top1}
+            except XCiTError as err:  # the others wait for an answer, and get this one
+                found = str(err)
+        found = self.task.gathered(found)[0]
+        if isinstance(found, str):
+            raise DataError(f"The k-NN probe failed: {found} Mend it, or begin a run with probe.every=0, without one.")
+        return found
 
     def _probe(self, model: nn.Module, ks: list[int]) -> KNNResult:
         assert self.data.probe is not None
@@ -263,6 +274,8 @@ class DinoJob(Job):
             ks=ks,
             temperature=probe.temperature,
             max_bank=probe.max_images,
+            max_queries=probe.max_images,
+            max_bad_fraction=self.config.data.max_bad_fraction,
             num_workers=self.workers,
         )
 
@@ -291,6 +304,8 @@ def build_backbone(config: DinoConfig) -> XCiT:
         UnknownNameError, ConfigError, CheckpointError: as ``create_model``.
     """
     wanted = config.model
+    if wanted.name.startswith("timm:"):
+        raise ConfigError(f"model.name is {wanted.name}; DINO trains XCiTs here: name one of `xcit models`.")
     architecture, released = find(wanted.name)
     if released is not None:
         raise ConfigError(
@@ -303,6 +318,12 @@ def build_backbone(config: DinoConfig) -> XCiT:
         "drop_path_rate": wanted.drop_path_rate,
         **wanted.options,
     }
+    if wanted.pretrained == "released":
+        names = (name for name, file in CHECKPOINTS.items() if file.architecture == architecture.id)
+        raise ConfigError(
+            f"model.pretrained is released, which says neither by what nor on what images; name the weights, such as "
+            f"--pretrained {max(names, key=lambda name: name.startswith('dino_'))}."
+        )
     if wanted.pretrained == "none":
         return create_model(wanted.name, **arguments)
     if Path(wanted.pretrained).is_file() or "/" in wanted.pretrained:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xcit.data.image_set import ImageSet
 from xcit.data.preprocess import Preprocessing
 from xcit.data.unlabelled import UnlabelledData
-from xcit.evaluate.embedding import embed_set
+from xcit.evaluate.embedding import SetFeatures, embed_set
 from xcit.evaluate.knn import KNNResult
 from xcit.files import write_atomic
 from xcit.models.xcit import XCiT
@@ -98,8 +99,7 @@ def write_dino_report(record: DinoRecord, run: RunFolder, model: XCiT) -> None:
 def _key_figures(record: DinoRecord) -> Iterator[KeyFigure]:
     last = record.history[-1]
     if record.knn is not None:
-        k = record.config.probe.k
-        found = record.knn.accuracies.get(k) or next(iter(record.knn.accuracies.values()))
+        k, found = record.knn.of(record.config.probe.k)
         low, high = found.interval
         yield KeyFigure(
             f"{100 * found.top1:.1f} %",
@@ -138,10 +138,15 @@ def _alike(record: DinoRecord, run: RunFolder, model: XCiT) -> Iterator[Section]
     """Some images, each with the training images whose features are most like its own."""
     train, probe = record.data.train, record.data.probe
     bank = train.subset(_spread(len(train), MAX_EMBEDDED))
-    known = embed_set(model, bank, record.preprocessing, max_bad_fraction=1.0)
+    num_workers = None if record.config.data.num_workers < 0 else record.config.data.num_workers
+
+    def embedded(images: ImageSet) -> SetFeatures:
+        return embed_set(model, images, record.preprocessing, num_workers=num_workers, max_bad_fraction=1.0)
+
+    known = embedded(bank)
     asked = probe if probe is not None else bank
     queries = asked.subset(_spread(len(asked), NUM_QUERIES))
-    found = embed_set(model, queries, record.preprocessing, max_bad_fraction=1.0)
+    found = embedded(queries)
     units = [F.normalize(torch.from_numpy(each.features), dim=1) for each in (found, known)]
     similar = units[0] @ units[1].T
     similar[:, ~torch.from_numpy(known.decoded)] = -math.inf
@@ -153,7 +158,7 @@ def _alike(record: DinoRecord, run: RunFolder, model: XCiT) -> Iterator[Section]
         row = similar[position].clone()
         if not labelled:
             row[[i for i, other in enumerate(bank.names) if other == name]] = -math.inf  # itself
-        best = row.topk(min(NUM_NEIGHBOURS, len(bank))).indices.tolist()
+        best = row.topk(min(NUM_NEIGHBOURS, int(row.isfinite().sum()))).indices.tolist()
         pictures = [
             each[0]
             for images, positions in ((queries, [position]), (bank, best))

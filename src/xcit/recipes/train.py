@@ -76,7 +76,7 @@ def train(config: RunConfig, run: RunFolder, *, console: Console | None = None) 
     Returns:
         The figures that the task's job concludes with: of a classifier ``ClassificationMetrics`` or
         ``MultiLabelMetrics`` on the test part, or where the data has none on the part that the epoch was chosen by; of
-        DINO a dictionary. They stand in the run's ``metrics.json`` as well. None in all processes of the run but the
+        DINO ``DinoResult``. They stand in the run's ``metrics.json`` as well. None in all processes of the run but the
         first.
 
     Raises:
