@@ -1,7 +1,7 @@
 """What DINO learns of the digits without their labels: probes of its features, of random weights, and of raw pixels.
 
-Random weights stand there twice. A fresh network's batch norms have never seen an image; half of what training gains at
-first is only that they are measured. So the second one is shown the training images, and its weights stay random.
+Random weights stand there twice. A fresh network's batch norms have never seen an image, and a part of what training gains
+is only that they are measured. So the second one is shown the training images, and its weights stay random.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def measure(config: DinoConfig, root: Path) -> Iterator[Row]:
         config: all settings.
         root: the run's folder; a run of these settings in it is gone on with or read, another one replaced.
     """
-    import xcit
     from xcit.data.sources import open_data
     from xcit.evaluate.embedding import embed_set
     from xcit.evaluate.pixels import PrincipalComponents, pixel_preprocessing, pixel_set
     from xcit.evaluate.probes import ProbeFeatures, embed_parts, probe_sets
+    from xcit.models.factory import create_model
     from xcit.recipes.dino_job import DinoJob
     from xcit.recipes.train import train
 
@@ -114,7 +114,7 @@ def measure(config: DinoConfig, root: Path) -> Iterator[Row]:
         return embed_parts(lambda images: embed_set(model, images, preprocessing, num_workers=0), sets)
 
     pixels = embed_parts(lambda s: pixel_set(s, pixel_preprocessing(preprocessing), num_workers=0), sets)
-    model = xcit.create_model(str(folder.model)).eval()
+    model = create_model(str(folder.model)).eval()
     project = PrincipalComponents(pixels.learn, model.num_features)
     found = {
         LEARNED: embedded(model),

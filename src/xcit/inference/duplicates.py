@@ -32,6 +32,10 @@ ALONE = 0.8
 """Share of the images in the sample that it must not join with another: real copies are seldom more than a fifth."""
 
 
+ROUNDING = 1e-6
+"""Cosines of float32 features are as large as a threshold if no more than this is lacking."""
+
+
 class Member(NamedTuple):
     """An image of a cluster."""
 
@@ -88,9 +92,10 @@ def choose_threshold(paths: Sequence[Path], extractor: FeatureExtractor) -> Thre
     np.fill_diagonal(others, -1)
     nearest = others.max(axis=1)
     reached = float(np.quantile(copies, 1 - FOUND, method="lower"))
-    apart = float(np.nextafter(np.quantile(nearest, ALONE, method="lower"), 2))
+    apart = float(np.quantile(nearest, ALONE, method="lower")) + 2 * ROUNDING
     value = min(max(reached, apart), 1.0)
-    return Threshold(value, float((copies >= value).mean()), float((nearest >= value).mean()), len(pictures))
+    found, joined = (float((each >= value - ROUNDING).mean()) for each in (copies, nearest))
+    return Threshold(value, found, joined, len(pictures))
 
 
 def _recompressed(picture: Image.Image) -> Image.Image:
@@ -187,7 +192,7 @@ def find_clusters(
     for start in range(0, n, CHUNK):
         cosines = (vectors[start : start + CHUNK] @ vectors[start:].T).clamp_(max=1.0)
         # float32 gives equal vectors cosines a little below 1
-        rows, columns = torch.nonzero(cosines >= threshold - 1e-6, as_tuple=True)
+        rows, columns = torch.nonzero(cosines >= threshold - ROUNDING, as_tuple=True)
         for i, j in zip((rows + start).tolist(), (columns + start).tolist(), strict=True):
             if i < j and (side is None or side[i] != side[j]):
                 join(i, j, float(cosines[i - start, j - start]))
