@@ -1,7 +1,7 @@
 """What DINO learns of the digits without their labels: probes of its features, of random weights, and of raw pixels.
 
-Random weights stand there twice. A fresh network's batch norms have never seen an image, and a part of what training gains
-is only that they are measured. So the second one is shown the training images, and its weights stay random.
+Random weights stand there twice. A fresh network's batch norms have never seen an image, and a part of what training
+gains is only that they are measured. So the second one is shown the training images, and its weights stay random.
 """
 
 from __future__ import annotations

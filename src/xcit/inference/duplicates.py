@@ -93,7 +93,7 @@ def choose_threshold(paths: Sequence[Path], extractor: FeatureExtractor) -> Thre
     nearest = others.max(axis=1)
     reached = float(np.quantile(copies, 1 - FOUND, method="lower"))
     apart = float(np.quantile(nearest, ALONE, method="lower")) + 2 * ROUNDING
-    value = min(max(reached, apart), 1.0)
+    value = max(reached, apart)  # above 1, which no pair reaches, where strangers have a cosine of 1
     found, joined = (float((each >= value - ROUNDING).mean()) for each in (copies, nearest))
     return Threshold(value, found, joined, len(pictures))
 
