@@ -141,6 +141,8 @@ def test_a_model_that_cannot_tell_is_found_out(tmp_path, extractor):
         paths.append(tmp_path / f"{i}.png")
     chosen = choose_threshold(paths, extractor)
     assert chosen.copies_found < duplicates.FOUND
+    joined = sum(map(len, find_clusters(extractor(paths), chosen.value)))
+    assert joined <= chosen.images_joined * len(paths) + 1  # what is told is what is then done
 
 
 def test_one_image_gives_no_threshold(tmp_path, extractor):

@@ -150,7 +150,8 @@ def find_clusters(
 
     Args:
         features: (n, dim), of any length.
-        threshold: least cosine of a pair, in (-1, 1].
+        threshold: least cosine of a pair, in (-1, 1], or a little more, as ``choose_threshold`` gives where strangers
+            have a cosine of 1: then only images of the same bytes are joined.
         exact: groups of positions with the same content, which are joined whatever their features.
         side: (n,) bool; only pairs of images on different sides count. None lets all count.
         on_progress: called with the number of images that were compared.
@@ -163,7 +164,7 @@ def find_clusters(
 
     Cost: n² dim / 2 multiply-adds, in chunks of ``CHUNK`` rows.
     """
-    if not -1 < threshold <= 1:
+    if not -1 < threshold <= 1 + 2 * ROUNDING:
         raise ConfigError(f"The threshold is {threshold}; it must be more than -1 and at most 1.")
     n = len(features)
     parent = list(range(n))
