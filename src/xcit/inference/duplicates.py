@@ -35,6 +35,9 @@ ALONE = 0.8
 ROUNDING = 1e-6
 """Cosines of float32 features are as large as a threshold if no more than this is lacking."""
 
+NEVER = 1 + 2 * ROUNDING
+"""A threshold that no pair reaches."""
+
 
 class Member(NamedTuple):
     """An image of a cluster."""
@@ -93,7 +96,7 @@ def choose_threshold(paths: Sequence[Path], extractor: FeatureExtractor) -> Thre
     nearest = others.max(axis=1)
     reached = float(np.quantile(copies, 1 - FOUND, method="lower"))
     apart = float(np.quantile(nearest, ALONE, method="lower")) + 2 * ROUNDING
-    value = max(reached, apart)  # above 1, which no pair reaches, where strangers have a cosine of 1
+    value = min(max(reached, apart), NEVER)
     found, joined = (float((each >= value - ROUNDING).mean()) for each in (copies, nearest))
     return Threshold(value, found, joined, len(pictures))
 
@@ -150,7 +153,7 @@ def find_clusters(
 
     Args:
         features: (n, dim), of any length.
-        threshold: least cosine of a pair, in (-1, 1], or a little more, as ``choose_threshold`` gives where strangers
+        threshold: least cosine of a pair, in (-1, 1]; or ``NEVER``, which ``choose_threshold`` gives where strangers
             have a cosine of 1: then only images of the same bytes are joined.
         exact: groups of positions with the same content, which are joined whatever their features.
         side: (n,) bool; only pairs of images on different sides count. None lets all count.
@@ -164,7 +167,7 @@ def find_clusters(
 
     Cost: n² dim / 2 multiply-adds, in chunks of ``CHUNK`` rows.
     """
-    if not -1 < threshold <= 1 + 2 * ROUNDING:
+    if not -1 < threshold <= NEVER:
         raise ConfigError(f"The threshold is {threshold}; it must be more than -1 and at most 1.")
     n = len(features)
     parent = list(range(n))
