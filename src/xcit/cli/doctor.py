@@ -27,7 +27,9 @@ INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "avx512_vnni",
 """How the names of those extensions begin that matrix products gain from."""
 
 EXTRAS = {
-    "train": (("lightning", "torchmetrics", "scikit-learn", "matplotlib", "tensorboard"), "xcit train and quickstart")
+    "train": (("lightning", "torchmetrics", "scikit-learn", "matplotlib", "tensorboard"), "xcit train and quickstart"),
+    "retrieval": (("faiss-cpu", "pyarrow"), "xcit embed, index, search and duplicates"),
+    "video": (("av",), "xcit attend on videos"),
 }
 """Of each extra: the packages that it installs, and the verbs that need them."""
 
