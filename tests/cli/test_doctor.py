@@ -40,9 +40,9 @@ def test_a_wrong_form_is_found(capsys, monkeypatch):
 def test_a_missing_extra_names_what_to_install(monkeypatch):
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "lightning" else version(name))
-    assert doctor._extras() == [
-        ("train", "missing lightning; pip install 'xcit[train]' (for xcit train and quickstart)")
-    ]
+    facts = dict(doctor._extras())
+    assert facts["train"] == "missing lightning; pip install 'xcit[train]' (for xcit train and quickstart)"
+    assert facts["video"] == "installed (for xcit attend on videos)"
 
 
 def test_the_extras_are_those_of_the_package():
