@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from xcit.recipes.settings import Range, RunConfig, Share, uneven_batch
+from xcit.recipes.settings import Range, RunConfig, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,24 +157,10 @@ class TrainConfig(RunConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
-    @property
-    def lr(self) -> float:
-        """Peak learning rate of the run: lr · batch_size / lr_batch."""
-        optim = self.optim
-        return optim.lr * optim.batch_size / optim.lr_batch if optim.lr_batch else optim.lr
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images that a device computes at once."""
-        return self.optim.batch_size // (self.world_size * self.optim.accumulate)
-
     def contradictions(self) -> Iterator[str]:
         """Yield each pair of settings that cannot both be honoured, with the way out."""
         yield from super().contradictions()
         optim, augment, compute, data = self.optim, self.augment, self.compute, self.data
-        parts = self.world_size * optim.accumulate
-        if optim.batch_size % parts:
-            yield uneven_batch(optim.batch_size, self.world_size, optim.accumulate)
         if (augment.mixup or augment.cutmix) and augment.mix_prob and self.micro_batch_size % 2:
             yield (
                 f"mixup pairs the images of a batch, and {self.micro_batch_size} on a device are odd; take an even "
@@ -182,10 +168,6 @@ class TrainConfig(RunConfig):
             )
         if data.class_weights != "none" and (augment.mixup or augment.cutmix) and augment.mix_prob:
             yield "data.class_weights needs hard targets, but mixup and cutmix make soft ones; switch one of them off"
-        if optim.min_lr > self.lr:
-            yield f"optim.min_lr is {optim.min_lr:g}, above the peak learning rate of {self.lr:g}"
-        if optim.warmup_epochs and optim.warmup_lr > self.lr:
-            yield f"optim.warmup_lr is {optim.warmup_lr:g}, above the peak learning rate of {self.lr:g}"
         if optim.warmup_epochs >= self.epochs and optim.warmup_epochs:
             yield (
                 f"optim.warmup_epochs is {optim.warmup_epochs:g} of {self.epochs} epochs in all; raise --epochs, or "

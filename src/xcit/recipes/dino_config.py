@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from xcit.recipes.settings import Range, RunConfig, Share, uneven_batch
+from xcit.recipes.settings import Range, RunConfig, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,34 +198,16 @@ class DinoConfig(RunConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
-    @property
-    def lr(self) -> float:
-        """Peak learning rate of the run: lr · batch_size / lr_batch."""
-        optim = self.optim
-        return optim.lr * optim.batch_size / optim.lr_batch if optim.lr_batch else optim.lr
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images that a device computes at once."""
-        return self.optim.batch_size // (self.world_size * self.optim.accumulate)
-
     def contradictions(self) -> Iterator[str]:
         """Yield each pair of settings that cannot both be honoured, with the way out."""
         yield from super().contradictions()
         optim, crops, data, teacher = self.optim, self.crops, self.data, self.teacher
-        parts = self.world_size * optim.accumulate
-        if optim.batch_size % parts:
-            yield uneven_batch(optim.batch_size, self.world_size, optim.accumulate)
-        elif self.micro_batch_size < 2:
+        if self.micro_batch_size < 2:
             yield f"optim.batch_size is {optim.batch_size}; batch norm needs two images or more at once on each device"
         if self.patience:
             yield "patience is for a figure that images with labels give; DINO keeps its last epoch; set it to 0"
         if self.compute.strategy == "fsdp":
             yield "compute.strategy=fsdp shards the weights, which the teacher follows one by one; take ddp"
-        if optim.min_lr > self.lr:
-            yield f"optim.min_lr is {optim.min_lr:g}, above the peak learning rate of {self.lr:g}"
-        if optim.warmup_epochs and optim.warmup_lr > self.lr:
-            yield f"optim.warmup_lr is {optim.warmup_lr:g}, above the peak learning rate of {self.lr:g}"
         for name, value in (
             ("optim.warmup_epochs", optim.warmup_epochs),
             ("optim.freeze_last_layer", optim.freeze_last_layer),

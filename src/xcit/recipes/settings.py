@@ -87,15 +87,38 @@ class RunConfig:
     lengths: ClassVar[tuple[str, ...]] = ()
     """Settings that are numbers of epochs, and shrink with a run that is made shorter."""
     if TYPE_CHECKING:
-        data: Any  # which images: each task has settings of its own for them
+        data: Any  # which images, and how the optimiser goes: each task has settings of its own for them
+        optim: Any
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the run: lr · batch_size / lr_batch."""
+        optim = self.optim
+        return optim.lr * optim.batch_size / optim.lr_batch if optim.lr_batch else optim.lr
 
     @property
     def world_size(self) -> int:
         """Processes of the run."""
         return self.compute.devices * self.compute.num_nodes
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Images that a device computes at once."""
+        return self.optim.batch_size // (self.world_size * self.optim.accumulate)
+
     def contradictions(self) -> Iterator[str]:
         """Yield each pair of settings that cannot both be honoured, with the way out."""
+        optim, parts = self.optim, self.world_size * self.optim.accumulate
+        if optim.batch_size % parts:
+            below, above = optim.batch_size // parts * parts, -(-optim.batch_size // parts) * parts
+            yield (
+                f"optim.batch_size is {optim.batch_size}, which {self.world_size} devices x {optim.accumulate} parts "
+                f"do not divide; take {f'{below} or ' if below else ''}{above}"
+            )
+        if optim.min_lr > self.lr:
+            yield f"optim.min_lr is {optim.min_lr:g}, above the peak learning rate of {self.lr:g}"
+        if optim.warmup_epochs and optim.warmup_lr > self.lr:
+            yield f"optim.warmup_lr is {optim.warmup_lr:g}, above the peak learning rate of {self.lr:g}"
         if self.compute.strategy == "fsdp" and self.world_size == 1:
             yield "compute.strategy=fsdp needs several devices; raise compute.devices"
         if self.compute.precision == "16" and self.compute.device == "cpu":
@@ -103,16 +126,6 @@ class RunConfig:
 
 
 C = TypeVar("C", bound=RunConfig)
-
-
-def uneven_batch(batch_size: int, devices: int, accumulate: int) -> str:
-    """Say that a batch cannot be dealt out, and which neighbours can."""
-    parts = devices * accumulate
-    below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
-    return (
-        f"optim.batch_size is {batch_size}, which {devices} devices x {accumulate} parts do not divide; take "
-        f"{f'{below} or ' if below else ''}{above}"
-    )
 
 
 def check_config(config: C) -> C:
