@@ -258,6 +258,15 @@ def test_a_model_without_class_attention(capsys, tmp_path):
     assert run(capsys, "one/x.png", "--out", out, *options, model=str(tmp_path / "avg.safetensors")) == (0, [])
 
 
+@pytest.fixture
+def _heard():
+    """Ctrl-C reaches the test in background jobs too, which begin deaf to it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_keeps_the_frames_that_are_done(capsys, tmp_path, monkeypatch):
     @contextmanager
     def interrupting(total, name):
@@ -277,6 +286,7 @@ def test_ctrl_c_keeps_the_frames_that_are_done(capsys, tmp_path, monkeypatch):
         assert video.problem is None
 
 
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_keeps_the_images_that_are_done(capsys, tmp_path, monkeypatch):
     @contextmanager
     def interrupting(total, name):
