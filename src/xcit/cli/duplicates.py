@@ -74,11 +74,12 @@ def duplicates(
         batch_size: Images that go through the model at once.
     """
     from xcit.cli import embedding_inputs as inputs
+    from xcit.cli.result_files import writable, write_files
 
     cosine = _cosine(threshold)
     inputs.check_numbers(batch_size=batch_size)
-    table_file = inputs.writable(output, (".csv", ".json"), "--output")
-    sheet_file = inputs.writable(sheet, (".png",), "--sheet")
+    table_file = writable(output, (".csv", ".json"), "--output")
+    sheet_file = writable(sheet, (".png",), "--sheet")
     table, side, failed, chosen = _features(source, model, against, cosine, pool, device, batch_size)
     paths = [table.origin.locate(name) for name in table.paths]
 
@@ -114,7 +115,7 @@ def duplicates(
         print(f"xcit: there is nothing to draw; {sheet_file} is not written.", file=sys.stderr)
         sheet_file = None
     content = as_json if table_file is not None and table_file.suffix.lower() == ".json" else as_csv
-    inputs.write_files((table_file, content.encode(errors="surrogateescape")), (sheet_file, picture))
+    write_files((table_file, content.encode(errors="surrogateescape")), (sheet_file, picture))
     return 1 if failed else 0
 
 

@@ -55,6 +55,7 @@ def embed(
         overwrite: Replace a file that was made with another model, other settings or other images.
     """
     from xcit.cli import embedding_inputs as inputs
+    from xcit.cli.result_files import writable
 
     inputs.check_numbers(image_size=image_size, batch_size=batch_size, gem_p=gem_p)
     factors = inputs.parse_scales(scales)
@@ -63,7 +64,7 @@ def embed(
     from xcit.data.images import find_images
     from xcit.inference.feature_file import ENDINGS
 
-    path = inputs.writable(output, ENDINGS, "--output")
+    path = writable(output, ENDINGS, "--output")
     assert path is not None
     paths = find_images(images)
     extractor = inputs.open_extractor(

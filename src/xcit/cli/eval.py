@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from xcit.cli.result_files import writable, write_files
 from xcit.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def eval(
         plot: Draw the picture of --sizes into this file.
     """
     _check(image_size, sizes, crop_pct, batch_size, num_workers, max_bad_fraction, per_class, plot)
-    json_file = writable(output, ".json", "--output")
+    json_file = writable(output, (".json",), "--output")
     if plot is None and sizes is not None and json_file is not None:
         plot = str(json_file.with_suffix(".png"))
-    png_file = writable(plot, ".png", "--plot")
+    png_file = writable(plot, (".png",), "--plot")
     if png_file is not None and find_spec("matplotlib") is None:
         raise BackendError('The picture needs matplotlib, which is not installed: pip install "xcit[train]".')
 
@@ -202,24 +202,6 @@ def _check(
         raise ConfigError("; ".join(problems) + ".")
 
 
-def writable(name: str | None, ending: str, option: str) -> Path | None:
-    """Refuse a file that cannot be written at the end, hours later."""
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    if path.suffix.lower() != ending:
-        raise ConfigError(f"{option} is {name}; its name must end in {ending}.")
-    if path.is_dir():
-        raise ConfigError(f"{option} is {name}, which is a folder; name a file in it.")
-    parent = path.parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "is not a folder" if not parent.is_dir() else "is a folder that you may not write to"
-        raise ConfigError(f"{option} {name} cannot be written: {parent} {what}.")
-    return path
-
-
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -266,7 +248,7 @@ def _single(
         print(json.dumps(record, indent=2))
     else:
         print_evaluation(about, preprocessing, evaluation, real, WORST if per_class is None else per_class)
-    _write([(json_file, _json(record))])
+    write_files((json_file, _json(record)))
     return 0
 
 
@@ -327,7 +309,7 @@ def _sweep(
     else:
         print_sweep(about, points, reals)
     picture = b"" if png_file is None else _picture(points, own_size[0] if own_size[0] == own_size[1] else None)
-    _write([(json_file, _json(record)), (png_file, picture)])
+    write_files((json_file, _json(record)), (png_file, picture))
     return INTERRUPTED if interrupted else 0
 
 
@@ -375,17 +357,6 @@ def _tell_skipped(evaluation: Evaluation, total: int) -> None:
 
 def _json(record: dict[str, Any]) -> bytes:
     return json.dumps(record, indent=2).encode() + b"\n"
-
-
-def _write(files: list[tuple[Path | None, bytes]]) -> None:
-    """Write the files that were asked for; figures are on stdout by then, whatever the disk says."""
-    from xcit.files import write_atomic
-
-    sys.stdout.flush()
-    for path, content in files:
-        if path is not None:
-            write_atomic(path, content)
-            print(f"xcit: {path} is written.", file=sys.stderr)
 
 
 def _picture(points: list[ResolutionPoint], trained_size: int | None) -> bytes:

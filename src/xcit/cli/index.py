@@ -49,10 +49,11 @@ def index(
     """
     from xcit.cli import embedding_inputs as inputs
     from xcit.cli.output import print_facts
+    from xcit.cli.result_files import writable
 
     inputs.check_numbers(image_size=image_size)
     inputs.require_retrieval_extra("faiss", "pyarrow")
-    path = inputs.writable(output, (), "--output")
+    path = writable(output, (), "--output")
     assert path is not None
 
     from pathlib import Path

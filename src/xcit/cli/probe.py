@@ -96,15 +96,15 @@ def probe(
         format: What is printed: a table for people, JSON for programs.
         output: Write JSON to this file as well.
     """
-    from xcit.cli.eval import writable
+    from xcit.cli.result_files import writable
 
     methods = ("knn", "linear", "logistic") if method == "all" else (method,)
     asked_ks = None if k is None else _numbers(k, int, "--k")
     rates = _numbers(lr, float, "--lr")
     beside = _baselines(baselines, random)
     _check(methods, asked_ks, temperature, save, pool, image_size, crop_pct, batch_size, num_workers)
-    json_file = writable(output, ".json", "--output")
-    weights_file = writable(save, ".safetensors", "--save")
+    json_file = writable(output, (".json",), "--output")
+    weights_file = writable(save, (".safetensors",), "--save")
 
     from xcit.evaluate.linear_probe import LinearSettings
 

@@ -70,13 +70,14 @@ def retrieval(
         output: Write JSON to this file as well.
     """
     from xcit.cli import embedding_inputs as inputs
+    from xcit.cli.result_files import writable, write_files
 
     inputs.check_numbers(image_size=image_size, batch_size=batch_size, gem_p=gem_p)
     if dataset == COPYDAYS and whole_queries:
         raise ConfigError("--whole-queries is for roxford5k and rparis6k; Copydays' queries have no boxes.")
     if dataset != COPYDAYS and (distractors or whitening):
         raise ConfigError("--distractors and --whitening are for copydays.")
-    json_file = inputs.writable(output, (".json",), "--output")
+    json_file = writable(output, (".json",), "--output")
     size = image_size or IMAGE_SIZE[dataset]
     pooling = pool or ("token+gem" if dataset == COPYDAYS else "token")
 
@@ -95,7 +96,7 @@ def retrieval(
         inputs.put(text)
     else:
         _print(about, record)
-    inputs.write_files((json_file, text.encode()))
+    write_files((json_file, text.encode()))
     return 0
 
 

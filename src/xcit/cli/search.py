@@ -50,11 +50,12 @@ def search(
         batch_size: Images that go through the model at once.
     """
     from xcit.cli import embedding_inputs as inputs
+    from xcit.cli.result_files import writable, write_files
 
     inputs.check_numbers(top_k=top_k, batch_size=batch_size)
     inputs.require_retrieval_extra("faiss")
-    table_file = inputs.writable(output, (".csv", ".json"), "--output")
-    sheet_file = inputs.writable(sheet, (".png",), "--sheet")
+    table_file = writable(output, (".csv", ".json"), "--output")
+    sheet_file = writable(sheet, (".png",), "--sheet")
 
     from xcit.data.images import find_images
     from xcit.inference.index import read_index
@@ -75,7 +76,7 @@ def search(
     if sheet_file is not None:
         picture = _sheet(table, hits, found, index)
     chosen = as_json if table_file is not None and table_file.suffix.lower() == ".json" else as_csv
-    inputs.write_files((table_file, chosen.encode(errors="surrogateescape")), (sheet_file, picture))
+    write_files((table_file, chosen.encode(errors="surrogateescape")), (sheet_file, picture))
     return 1 if failed else 0
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -305,14 +306,14 @@ class _Heads:
         return int(state["epochs"])
 
 
-class _Batches:
+class _Batches(ABC):
     """Features and labels of an epoch, on the CPU: a head is small."""
 
     bad: Collection[int] = ()
     """Positions of images that could not be decoded so far."""
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        raise NotImplementedError
+    @abstractmethod
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class _Augmented(_Batches):

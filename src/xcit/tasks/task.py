@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ class Schedule(NamedTuple):
     """Length of all."""
 
 
-class Task(lightning.LightningModule):
+class Task(lightning.LightningModule, ABC):
     """A model and a batch give a loss. The random numbers of a step follow from seed, epoch, batch and process alone.
 
     A task gives each loss to ``watch`` and fills ``figures`` until an epoch ends.
@@ -75,6 +76,7 @@ class Task(lightning.LightningModule):
         return self.figures
 
     @staticmethod
+    @abstractmethod
     def merit(row: Mapping[str, float], prefix: str = "") -> tuple[float, ...]:
         """Return what epochs are compared by, from their figures: the greatest one's weights are kept.
 
@@ -82,7 +84,6 @@ class Task(lightning.LightningModule):
             row: the epoch's figures.
             prefix: "" of the weights, "ema_" of the averaged ones.
         """
-        raise NotImplementedError
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
