@@ -85,8 +85,25 @@ def test_copies_among_the_images_do_not_count_as_missed():
     data = table(700)
     data.features[:] = data.features[np.arange(700) // 70 * 70]  # ten images, 70 times each
     assert build_index(data, "ivf").recall.value == 1
-    # a graph of so many equal points falls apart, and says so
-    assert build_index(data, "hnsw").recall.value < indexing.TARGET_RECALL
+
+
+def test_a_graph_holds_copies_once_and_finds_them_all(tmp_path):
+    """Linked to each other, seventy equal points would be all that a walk ever sees."""
+    data = table(700)
+    data.features[:] = data.features[np.arange(700) // 70 * 70]
+    built = build_index(data, "hnsw")
+    assert built.recall.value == 1
+    assert built.searcher.ntotal == 10
+    save_index(tmp_path / "a.index", built)
+    for index in (built, read_index(tmp_path / "a.index")):
+        hits = index.search(data.features[[3, 699]], 100)
+        assert hits.positions.shape == (2, 100)
+        assert set(hits.positions[0, :70]) == set(range(70))
+        assert set(hits.positions[1, :70]) == set(range(630, 700))
+        cosines = naive(data.features, data.features[[3, 699]])
+        np.testing.assert_allclose(hits.similarities, -np.sort(-cosines, axis=1)[:, :100], atol=1e-6)
+        assert [len(set(row)) for row in hits.positions] == [100, 100]
+        assert index.search(data.features[:1], 800).positions.shape == (1, 700)
 
 
 @pytest.mark.parametrize(("n", "lists"), [(624, 16), (1000, 25), (1_000_000, 4000)])

@@ -4,6 +4,7 @@ Vectors are brought to length 1, so that their inner product is the cosine of th
 
 * ``exact`` compares with every image.
 * ``hnsw`` walks a graph of neighbours (32 links a node). Fast, and as large as the features and half as much again.
+  Equal features, such as those of exact copies, are one node: linked to each other they would cut the graph in pieces.
 * ``ivf`` divides the features into ``num_lists`` cells by k-means and looks into the nearest ones.
 
 How far the two approximate kinds look is raised when they are built until ``TARGET_RECALL`` of the true neighbours of a
@@ -69,6 +70,28 @@ class Hits(NamedTuple):
     """(queries, k) int64, into ``ImageIndex.paths``; -1 where an approximate index found no more."""
 
 
+class Copies(NamedTuple):
+    """Images with equal features, group by group; a group may be a single image."""
+
+    members: np.ndarray
+    """(images,) int64, positions of images, those of a group beside each other."""
+    starts: np.ndarray
+    """(groups + 1,) int64, where each group begins among the members."""
+
+    def expand(self, hits: Hits, k: int) -> Hits:
+        """Return the k nearest images where ``hits`` holds the k nearest groups."""
+        similarities = np.full((len(hits.positions), k), -1.0, np.float32)
+        positions = np.full((len(hits.positions), k), -1, np.int64)
+        for row, groups in enumerate(hits.positions):
+            filled = 0
+            for group, similarity in zip(groups[groups >= 0], hits.similarities[row], strict=False):
+                images = self.members[self.starts[group] : self.starts[group + 1]][: k - filled]
+                positions[row, filled : filled + len(images)] = images
+                similarities[row, filled : filled + len(images)] = similarity
+                filled += len(images)
+        return Hits(similarities, positions)
+
+
 @dataclass(frozen=True)
 class ImageIndex:
     """Features that are ready to be searched.
@@ -81,6 +104,7 @@ class ImageIndex:
         num_lists: cells of "ivf", else 0.
         recall: agreement with the exact index; None for the exact one.
         searcher: faiss's own.
+        copies: whose features are equal, where the searcher holds each of them once.
     """
 
     kind: str
@@ -90,6 +114,7 @@ class ImageIndex:
     num_lists: int
     recall: Recall | None
     searcher: Any
+    copies: Copies | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -113,7 +138,10 @@ class ImageIndex:
             raise ConfigError(f"top_k is {top_k}; it must be 1 or more.")
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ConfigError(f"The queries' shape is {features.shape}; the index takes (queries, {self.dim}).")
-        return _search(self.searcher, self.kind, unit_rows(features), min(top_k, len(self)), self.breadth)
+        hits = _search(
+            self.searcher, self.kind, unit_rows(features), min(top_k, int(self.searcher.ntotal)), self.breadth
+        )
+        return hits if self.copies is None else self.copies.expand(hits, min(top_k, len(self)))
 
     def check_origin(self, other: Origin, name: str) -> None:
         """Refuse queries that another extractor made.
@@ -153,12 +181,15 @@ def build_index(table: FeatureTable, kind: str = "exact") -> ImageIndex:
     faiss = _faiss()
     vectors = unit_rows(table.features)
     n, dim = vectors.shape
+    copies = None
+    if kind == "hnsw":
+        vectors, copies = _once_each(vectors)
     exact = faiss.IndexFlatIP(dim)
     exact.add(vectors)
     if kind == "exact":
         return ImageIndex(kind, table.paths, table.origin, n, 0, None, exact)
     if kind == "hnsw":
-        num_lists, limit = 0, n
+        num_lists, limit = 0, len(vectors)
         searcher = faiss.IndexHNSWFlat(dim, LINKS, faiss.METRIC_INNER_PRODUCT)
         searcher.hnsw.efConstruction = BUILDING_BREADTH
     else:
@@ -169,7 +200,19 @@ def build_index(table: FeatureTable, kind: str = "exact") -> ImageIndex:
         searcher.train(vectors)
     searcher.add(vectors)
     breadth, recall = _widen(searcher, kind, exact, vectors, limit)
-    return ImageIndex(kind, table.paths, table.origin, breadth, num_lists, recall, searcher)
+    return ImageIndex(kind, table.paths, table.origin, breadth, num_lists, recall, searcher, copies)
+
+
+def _once_each(vectors: np.ndarray) -> tuple[np.ndarray, Copies | None]:
+    """Return each vector once, in the order in which they come, and who shares it; None where all differ."""
+    groups: dict[bytes, list[int]] = {}
+    for position, vector in enumerate(vectors):
+        groups.setdefault(hashlib.blake2b(vector.tobytes(), digest_size=16).digest(), []).append(position)
+    if len(groups) == len(vectors):
+        return vectors, None
+    first = [members[0] for members in groups.values()]
+    starts = np.cumsum([0, *map(len, groups.values())], dtype=np.int64)
+    return vectors[first], Copies(np.concatenate([np.array(m, np.int64) for m in groups.values()]), starts)
 
 
 def num_lists_of(num_images: int) -> int:
@@ -240,6 +283,7 @@ def save_index(path: Path, index: ImageIndex) -> None:
         "breadth": index.breadth,
         "num_lists": index.num_lists,
         "recall": None if index.recall is None else list(index.recall),
+        "copies": None if index.copies is None else [part.tolist() for part in index.copies],
         "origin": index.origin.to_json(),
         "paths": list(index.paths),
     }
@@ -300,6 +344,7 @@ def read_index(path: Path) -> ImageIndex:
         about["num_lists"],
         None if about["recall"] is None else Recall(*about["recall"]),
         searcher,
+        None if about["copies"] is None else Copies(*(np.array(part, np.int64) for part in about["copies"])),
     )
 
 
