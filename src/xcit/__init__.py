@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from xcit.errors import XCiTError as XCiTError
     from xcit.inference.features import FeatureExtractor as FeatureExtractor
     from xcit.inference.predictor import Predictor as Predictor
+    from xcit.models.detectors import create_detector as create_detector
+    from xcit.models.detectors import save_detector as save_detector
     from xcit.models.factory import create_model as create_model
     from xcit.models.factory import from_timm as from_timm
     from xcit.models.factory import list_models as list_models
     from xcit.models.hub import push_to_hub as push_to_hub
+    from xcit.models.pyramid import create_pyramid as create_pyramid
     from xcit.models.weights import load_checkpoint as load_checkpoint
     from xcit.models.weights import save_checkpoint as save_checkpoint
     from xcit.models.xcit import XCiT as XCiT
@@ -27,6 +30,9 @@ _HOME = {
     "XCiTError": "xcit.errors",
     "FeatureExtractor": "xcit.inference.features",
     "Predictor": "xcit.inference.predictor",
+    "create_detector": "xcit.models.detectors",
+    "save_detector": "xcit.models.detectors",
+    "create_pyramid": "xcit.models.pyramid",
     "create_model": "xcit.models.factory",
     "from_timm": "xcit.models.factory",
     "list_models": "xcit.models.factory",

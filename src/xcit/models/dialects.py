@@ -29,7 +29,8 @@ _AVERAGED = ("model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _BACKBONE = "backbone."
 _DINO_HEAD = re.compile(r"head\.(mlp\.|last_layer\.)")
-_PIXEL_HEADS = ("neck.", "rpn_head.", "roi_head.", "decode_head.", "auxiliary_head.")
+_DETECTORS = ("roi_head.", "roi_heads.", "rpn_head.", "rpn.")
+_SEGMENTERS = ("decode_head.", "auxiliary_head.")
 
 _MMPRETRAIN = (
     (r"^xca_layers\.", "blocks."),
@@ -79,13 +80,15 @@ def to_official(content: Any, *, name: str, dino_network: Network | None = None,
             f"{name} is no DINO training checkpoint, so it has no {dino_network}; leave dino_network out."
         )
     else:
-        state = _unwrap(content, name, ema)
+        state = unwrap(content, name, ema)
     has_average = not ema and any(key in content for key in _AVERAGED)
 
-    state, projection = _strip_prefixes(_tensors_only(state, name))
-    if any(key.startswith(_PIXEL_HEADS) for key in state):
+    state, projection = _strip_prefixes(tensors_only(state, name))
+    if any(key.startswith(_DETECTORS) for key in state):
+        raise CheckpointError(f"{name} holds a detector, not a classifier; xcit.create_detector opens it.")
+    if any(key.startswith(_SEGMENTERS) for key in state):
         raise CheckpointError(
-            f"{name} holds a detection or segmentation model; this version of xcit has classifiers and backbones."
+            f"{name} holds a segmentation model; this version of xcit has classifiers, backbones and detectors."
         )
     if any(key.startswith("xca_layers.") for key in state):
         state, dialect = {_renamed(key, _MMPRETRAIN): tensor for key, tensor in state.items()}, "mmpretrain"
@@ -94,7 +97,12 @@ def to_official(content: Any, *, name: str, dino_network: Network | None = None,
     return Translated(_join_class_attention(state), dialect or "official", has_average, projection)
 
 
-def _unwrap(content: Mapping[str, Any], name: str, ema: bool) -> Mapping[str, Any]:
+def unwrap(content: Mapping[str, Any], name: str, ema: bool) -> Mapping[str, Any]:
+    """Return the weights within what a training run saved around them.
+
+    Raises:
+        CheckpointError: several sets of weights, or not the one asked for.
+    """
     averaged = [key for key in _AVERAGED if isinstance(content.get(key), Mapping)]
     raw = [key for key in _RAW if isinstance(content.get(key), Mapping)]
     if ema:
@@ -108,7 +116,12 @@ def _unwrap(content: Mapping[str, Any], name: str, ema: bool) -> Mapping[str, An
     return content[raw[0]] if raw else content
 
 
-def _tensors_only(state: Mapping[str, Any], name: str) -> State:
+def tensors_only(state: Mapping[str, Any], name: str) -> State:
+    """Return weights by name.
+
+    Raises:
+        CheckpointError: there are none, or something else among them.
+    """
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if not state or len(other) == len(state):
         keys = ", ".join(repr(key) for key in list(state)[:5]) or "nothing"

@@ -60,8 +60,8 @@ def create_model(
 
     Raises:
         UnknownNameError: no such name; the message has the nearest ones.
-        ConfigError: unknown overrides, values that ``XCiT`` refuses, or a released detector or segmenter, whose models
-            are not in this version.
+        ConfigError: unknown overrides, values that ``XCiT`` refuses, a released detector, which
+            ``xcit.models.detectors.create_detector`` builds, or a segmenter, which this version does not.
         CheckpointError: the weights cannot be had or do not fit.
     """
     check_overrides(overrides)
@@ -74,7 +74,9 @@ def create_model(
 
     architecture, released = find(name)
     if released and released.task not in _BUILDS:
-        raise ConfigError(f"{name} is a {released.task} model; detection and segmentation are not in this version.")
+        if released.task == "detection":
+            raise ConfigError(f"{name} is a detector; create_detector({name!r}, ...) builds it.")
+        raise ConfigError(f"{name} is a segmentation model; these are not in this version.")
     if pretrained is False:
         classes = 1000 if released is None or released.label_set else 0
         config = {
@@ -89,7 +91,7 @@ def create_model(
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names that ``create_model`` builds: architectures first, then released checkpoints.
 
-    The released detectors and segmenters, which it does not build yet, are in ``xcit.models.zoo.CHECKPOINTS``.
+    The released detectors and segmenters, which it does not build, are in ``xcit.models.zoo.CHECKPOINTS``.
 
     Args:
         pattern: with the shell's wildcards, e.g. ``"*_p8*dist"``.

@@ -172,7 +172,7 @@ def read_weights(
     if weights.has_average:
         _log.info("%s also holds a moving average of its weights; ema=True would take that.", name)
     own = stored.content.get(DESCRIPTION) if isinstance(stored.content, Mapping) else None
-    config, cfg = _read_metadata(own if isinstance(own, Mapping) else stored.metadata, name)
+    config, cfg = read_description(own if isinstance(own, Mapping) else stored.metadata, name)
     return WeightFile(name, weights.state, weights.dialect, layout_of(weights.state), config, cfg, weights.projection)
 
 
@@ -256,7 +256,12 @@ def _cfg_of(file: WeightFile, model: XCiT, keep_head: bool) -> dict[str, Any]:
     return cfg
 
 
-def _read_metadata(metadata: Mapping[str, Any], name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def read_description(metadata: Mapping[str, Any], name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return what ``description`` wrote: a model's arguments and its ``pretrained_cfg``; None where nothing is.
+
+    Raises:
+        CheckpointError: damaged, or of a newer version than this one reads.
+    """
     if _VERSION_KEY not in metadata:
         return None, None
     try:
@@ -294,7 +299,7 @@ def _misfit(file: WeightFile, given: State, expected: State) -> str:
     if theirs is None or ours is None:
         first = ", ".join(repr(key) for key in list(given)[:3])
         return f"{name} holds no XCiT: its keys begin with {first}."
-    facts = _differences(given, expected)
+    facts = differences(given, expected)
     if (theirs.architecture, str(theirs)) != (ours.architecture, str(ours)):
         cure = (
             f" create_model({theirs.architecture.id!r}, pretrained={name!r}) builds the model that it fits."
@@ -336,7 +341,7 @@ def _head_misfit(theirs: Layout, ours: Layout) -> str:
     )
 
 
-def _differences(given: State, expected: State) -> str:
+def differences(given: State, expected: State) -> str:
     """How many keys fit, and the first of each kind that do not."""
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]

@@ -302,13 +302,7 @@ class XCiT(nn.Module):
         return self.pos_drop(x), (Hp, Wp)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return block(*args)
-        if torch.compiler.is_compiling():  # dynamo takes no Python contexts, and drops repeated buffer updates itself
-            return checkpoint(block, *args, use_reentrant=False)
-        return checkpoint(
-            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block))
-        )
+        return run_block(block, *args, recompute=self.grad_checkpointing)
 
     # --- what other code asks of a model (timm's verbs) ---------------------------------------------------------------
 
@@ -370,6 +364,21 @@ class XCiT(nn.Module):
             "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)",
             "cls_attn_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+
+def run_block(block: nn.Module, *args: Any, recompute: bool) -> Tensor:
+    """Return a block's output.
+
+    Args:
+        block: of an XCiT.
+        *args: its inputs.
+        recompute: keep only the inputs for the backward pass and compute the rest again there.
+    """
+    if not recompute or not torch.is_grad_enabled():
+        return block(*args)
+    if torch.compiler.is_compiling():  # dynamo takes no Python contexts, and drops repeated buffer updates itself
+        return checkpoint(block, *args, use_reentrant=False)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block)))
 
 
 def _head(embed_dim: int, num_classes: int) -> nn.Module:
