@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Tests run in as many processes as there are cores (8 at most), each on one thread: threads that share cores only wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 .PHONY: help install quickstart test test-slow test-gpu check format tables clean
 
@@ -28,10 +30,10 @@ quickstart: install
 	$(BIN)/xcit quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) --dist worksteal
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) --dist loadfile -m "slow and not gpu"  # a model that a file's tests share is trained once
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -127,6 +127,7 @@ def test_names_and_options_that_do_not_exist(tmp_path):
         create_detector("maskrcnn_xcit_tiny_12_p61")
     with pytest.raises(ConfigError, match=r"no option 'min_sizes'; did you mean 'min_size'\?"):
         create_detector("xcit_nano_12_p16", min_sizes=3)
+    assert create_detector("xcit_nano_12_p16", in_chans=1, mean=[0.5], std=[0.2]).config["backbone"]["in_chans"] == 1
     with pytest.raises(ConfigError, match="XCiT has no option 'colour'"):
         create_detector("xcit_nano_12_p16", colour=3)
     with pytest.raises(ConfigError, match="No detector on xcit_nano_12_p16 was released"):

@@ -9,8 +9,9 @@ from torchvision.ops import box_iou
 
 from xcit.errors import ConfigError, ShapeError
 from xcit.models.detectors import create_detector
-from xcit.models.mask_rcnn import DetectionTransform, scaled_size
+from xcit.models.mask_rcnn import DetectionTransform
 from xcit.models.mmdet_files import from_mmdet, to_mmdet
+from xcit.ops.image_size import scaled_size
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mmdet_reference
@@ -195,3 +196,18 @@ def test_other_mistakes():
         ConfigError, match=r"min_size is 8; it must be 32 or more; score_thresh is 2; it must be between"
     ):
         small(score_thresh=2, min_size=8)
+
+
+def test_half_precision_keeps_places():
+    """Under autocast boxes stay float32: bfloat16 has steps of 4 px beyond 512."""
+    model = small(score_thresh=0.0).eval()
+    image = [torch.rand(3, 128, 256)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model.detect(image)
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    assert (found["boxes"] != found["boxes"].bfloat16()).any()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(image, targets((128, 256)))
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())

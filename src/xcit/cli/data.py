@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from xcit.cli.data_coco import check_coco
+from xcit.cli.data_scenes import scenes
+
 if TYPE_CHECKING:
     from xcit.data.check import DataReport, Duplicate, PartSummary, Spread
 
@@ -92,7 +95,9 @@ def digits(
 def data(
     status: Annotated[
         Annotated[int, subcommand("check", constructor=check)]
-        | Annotated[int, subcommand("digits", constructor=digits)],
+        | Annotated[int, subcommand("check-coco", constructor=check_coco)]
+        | Annotated[int, subcommand("digits", constructor=digits)]
+        | Annotated[int, subcommand("scenes", constructor=scenes)],
         arg(name=""),
         OmitArgPrefixes,
         OmitSubcommandPrefixes,
@@ -100,7 +105,7 @@ def data(
 ) -> int:
     """Check a data set before training on it, or write one to try things on.
 
-    Examples: `xcit data check photos/`, or `xcit data digits --out digits`.
+    Examples: `xcit data check photos/`, `xcit data check-coco instances.json`, or `xcit data digits --out digits`.
     """
     return status
 

@@ -30,6 +30,7 @@ EXTRAS = {
     "train": (("lightning", "torchmetrics", "scikit-learn", "matplotlib", "tensorboard"), "xcit train and quickstart"),
     "retrieval": (("faiss-cpu", "pyarrow"), "xcit embed, index, search and duplicates"),
     "video": (("av",), "xcit attend on videos"),
+    "detection": (("faster-coco-eval",), "COCO-format masks, and average precision"),
 }
 """Of each extra: the packages that it installs, and the verbs that need them."""
 

@@ -174,7 +174,7 @@ def check_data(
 
 def _look_at_all(images: ImageSet) -> Iterator[_Seen]:
     """Yield what each image tells, in order. Threads are enough: decoding and hashing let each other run."""
-    pool = ThreadPoolExecutor(_num_threads())
+    pool = ThreadPoolExecutor(num_threads())
     try:
         for start in range(0, len(images), CHUNK):
             yield from pool.map(lambda index: _look(images, index), range(start, min(start + CHUNK, len(images))))
@@ -182,7 +182,8 @@ def _look_at_all(images: ImageSet) -> Iterator[_Seen]:
         pool.shutdown(wait=True, cancel_futures=True)  # Ctrl-C waits for the images in hand only
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
+    """Return how many threads look at images: as many as the processor can run, 32 at most."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, 32)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from xcit.data.batches import LabelledImages
-from xcit.data.image_set import ImageSet
+from xcit.data.image_set import ImageSet, NamedImages
 from xcit.data.preprocess import Preprocessing
 from xcit.data.sampling import Draw, derive_seed, seeded
 from xcit.errors import DataError
@@ -31,7 +31,7 @@ class Opened(NamedTuple):
     """Whether it is the image that was drawn, and not one that stands in for it."""
 
 
-def open_drawn(images: ImageSet, draw: Draw) -> Opened:
+def open_drawn(images: NamedImages, draw: Draw) -> Opened:
     """Return the drawn image, or where it cannot be decoded another one, which the draw's seed decides.
 
     Raises:

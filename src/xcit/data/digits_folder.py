@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from xcit.data.digits import CLASS_NAMES, DigitSplits, digit_splits
 from xcit.data.preprocess import Preprocessing
-from xcit.errors import ConfigError, DataError, ExportError
+from xcit.data.written_folder import make_room, write_manifest
+from xcit.errors import ConfigError, ExportError
 
 LAYOUTS = ("folder", "csv", "shards")
+COMMAND = "xcit data digits"
 MANIFEST = ".xcit-digits.json"
 """Lists what was written, so that it, and nothing else, can be replaced. Hidden, so that no reader takes notice."""
 SHARD_SIZE = 500
@@ -67,11 +67,10 @@ def write_digits(
     splits = digit_splits(val_fraction)
     folder = Path(folder).expanduser()
     files = list({"folder": _as_folder, "csv": _as_csv, "shards": _as_shards}[layout](splits, image_size))
+    make_room(folder, MANIFEST, COMMAND, overwrite=overwrite)
     try:
-        _make_room(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        # First of all: even of an unfinished copy it is known what belongs to it.
-        (folder / MANIFEST).write_text(json.dumps({"files": [name for name, _ in files]}), encoding="utf-8")
+        write_manifest(folder, MANIFEST, [name for name, _ in files])
         for name, content in files:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,46 +79,6 @@ def write_digits(
         raise ExportError(f"{error.filename or folder}: cannot be written: {error.strerror}.") from None
     counts = {part: len(digits) for part, digits in splits._asdict().items()}
     return WrittenDigits(folder / "digits.csv" if layout == "csv" else folder, counts)
-
-
-def _make_room(folder: Path, overwrite: bool) -> None:
-    """Remove what an earlier call wrote into the folder; refuse if anything else is there."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise DataError(f"{folder}: is a file; name a folder.")
-    present = [
-        Path(parent, name).relative_to(folder).as_posix() for parent, _, names in os.walk(folder) for name in names
-    ]
-    if not present and not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise DataError(f"{folder}: is not empty; name a new folder, or overwrite the digits in it with --overwrite.")
-    ours = _written_earlier(folder)
-    foreign = sorted(set(present) - ours)
-    if foreign:
-        raise DataError(
-            f"{folder}: holds files that xcit data digits did not write, such as {foreign[0]!r}, and will not be "
-            f"overwritten; name another folder."
-        )
-    for name in sorted(ours - {MANIFEST}):
-        (folder / name).unlink(missing_ok=True)
-    for parent, _, _ in sorted(os.walk(folder), reverse=True):
-        if Path(parent) != folder:
-            Path(parent).rmdir()
-
-
-def _written_earlier(folder: Path) -> set[str]:
-    try:
-        names = json.loads((folder / MANIFEST).read_bytes())["files"]
-        safe = {
-            name for name in names if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-        }
-    except FileNotFoundError:
-        raise DataError(f"{folder}: was not written by xcit data digits; name another folder.") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{folder}: {MANIFEST} in it is damaged; remove the folder, or name another.") from None
-    return {MANIFEST, *safe, *(f"{name}.index.json" for name in safe if name.endswith(".tar"))}
 
 
 def _pictures(splits: DigitSplits, image_size: int) -> Iterator[tuple[str, str, str, bytes]]:

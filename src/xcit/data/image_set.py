@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
+
+
+class NamedImages(Protocol):
+    """Images that have names and are decoded when asked for, whatever else is known of them."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What each is called in messages and lists."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image at a position; raises DataError where it cannot be read."""
 
 
 @dataclass(frozen=True)

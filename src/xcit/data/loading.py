@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from xcit.data.batches import LabelledImages
+from xcit.data.batches import Crops, LabelledImages
 from xcit.data.datasets import EvalImages, TrainImages
+from xcit.data.detection import AnnotatedImages, EvalDetection, TrainDetection, collate_annotated
 from xcit.data.multi_crop import CropImages
 from xcit.data.sampling import EpochSampler, ShareSampler
 from xcit.errors import DataError
@@ -36,12 +37,12 @@ class TrainLoader(DataLoader[Any]):
         bad: positions of images that could not be decoded so far.
     """
 
-    dataset: TrainImages | CropImages
+    dataset: TrainImages | CropImages | TrainDetection
     sampler: EpochSampler
 
     def __init__(
         self,
-        dataset: TrainImages | CropImages,
+        dataset: TrainImages | CropImages | TrainDetection,
         sampler: EpochSampler,
         batch_size: int,
         *,
@@ -62,6 +63,7 @@ class TrainLoader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             prefetch_factor=PREFETCH if num_workers else None,
             generator=torch.Generator(),  # its draws leave the global generator alone
+            collate_fn=_collate_of(dataset),
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -83,7 +85,7 @@ class TrainLoader(DataLoader[Any]):
             self._batches += 1
             yield batch
 
-    def _note_bad(self, batch: LabelledImages) -> None:
+    def _note_bad(self, batch: LabelledImages | Crops | AnnotatedImages) -> None:
         self.bad.update(batch.indices[~batch.decoded].tolist())
         images = self.dataset.images
         if len(self.bad) > self.max_bad_fraction * len(images):
@@ -109,15 +111,20 @@ class TrainLoader(DataLoader[Any]):
         self.bad = set(state["bad"])
 
 
+def _collate_of(dataset: Dataset[Any]) -> Callable[[Any], Any] | None:
+    """Return what makes a batch of a dataset's items; None for torch's own way, which stacks images of one size."""
+    return collate_annotated if isinstance(dataset, TrainDetection | EvalDetection) else None
+
+
 def eval_loader(
-    dataset: EvalImages,
+    dataset: EvalImages | EvalDetection,
     batch_size: int,
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader[LabelledImages]:
+) -> DataLoader[Any]:
     """Return a loader that gives every image once, in order; with several processes, each its share.
 
     Args:
@@ -136,6 +143,7 @@ def eval_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
+        collate_fn=_collate_of(dataset),
     )
 
 

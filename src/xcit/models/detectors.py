@@ -195,7 +195,8 @@ def _sorted_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     """Divide options into the detector's and the backbone's; those of neither are errors."""
     own = {k: v for k, v in options.items() if k in _OPTIONS or k == "taps"}
     overrides = {k: v for k, v in options.items() if k not in own}
-    near = {k: get_close_matches(k, _OPTIONS, n=1) for k in overrides}
+    strange = overrides.keys() - inspect.signature(XCiT).parameters.keys()
+    near = {k: get_close_matches(k, _OPTIONS, n=1) for k in sorted(strange)}
     wrong = [f"MaskRCNN has no option {k!r}; did you mean {m[0]!r}?" for k, m in near.items() if m]
     if wrong:
         raise ConfigError(" ".join(wrong))

@@ -26,6 +26,7 @@ from xcit.models.proposals import ProposalNetwork
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.roi import InstanceHeads
 from xcit.models.zoo import IMAGENET_MEAN, IMAGENET_STD
+from xcit.ops.image_size import scaled_size
 from xcit.ops.instance_masks import paste_masks
 
 SIZE_DIVISIBLE = 32
@@ -96,15 +97,6 @@ class DetectionTransform(nn.Module):
         return result
 
 
-def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Return the height and width of an image whose shorter side becomes ``min_size``, the longer at most ``max_size``.
-
-    Source: mmcv's ``rescale_size``: sides are rounded half up.
-    """
-    scale = min(max_size / max(height, width), min_size / min(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 class PyramidNeck(nn.Module):
     """An XCiT's pyramid, levelled to one width by a feature pyramid network with a level of stride 64 on top.
 
@@ -145,6 +137,8 @@ class MaskRCNN(GeneralizedRCNN):
         mask_channels: of the mask head's convolutions.
         mask_convs: how many there are.
         with_masks: False for boxes alone.
+        box_samples: regions an image that the box head learns from.
+        proposals: regions an image that are looked at.
         min_size: images are scaled so that the shorter side has so many pixels,
         max_size: and the longer at most so many.
         mean: of each channel of the images, whose values are 0 to 1.
@@ -171,6 +165,8 @@ class MaskRCNN(GeneralizedRCNN):
         mask_channels: int = 256,
         mask_convs: int = 4,
         with_masks: bool = True,
+        box_samples: int = 512,
+        proposals: int = 1000,
         min_size: int = 800,
         max_size: int = 1333,
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -184,7 +180,7 @@ class MaskRCNN(GeneralizedRCNN):
         neck = PyramidNeck(body, out_channels)
         super().__init__(
             neck,
-            ProposalNetwork(out_channels, neck.strides),
+            ProposalNetwork(out_channels, neck.strides, proposals),
             InstanceHeads(
                 out_channels,
                 neck.strides[:-1],
@@ -193,6 +189,7 @@ class MaskRCNN(GeneralizedRCNN):
                 mask_channels=mask_channels,
                 mask_convs=mask_convs,
                 with_masks=with_masks,
+                box_samples=box_samples,
                 score_thresh=score_thresh,
                 nms_thresh=nms_thresh,
                 detections_per_img=detections_per_img,

@@ -51,7 +51,7 @@ class Anchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Return the anchors of all levels for each image, level by level, row by row: (anchors, 4)."""
         like = feature_maps[0]
-        self.set_cell_anchors(like.dtype, like.device)
+        self.set_cell_anchors(torch.promote_types(like.dtype, torch.float32), like.device)
         sizes = [[int(side) for side in level.shape[-2:]] for level in feature_maps]
         strides = [[torch.tensor(s, device=like.device)] * 2 for s in self.strides]
         anchors = torch.cat(self.grid_anchors(sizes, strides))
@@ -65,8 +65,11 @@ class TwoSidedBoxCoder(BoxCoder):
     """
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Return (n, 4 classes) boxes of (n, 4 classes) codes and n reference boxes."""
-        codes = rel_codes.unflatten(-1, (-1, 4))
+        """Return (n, 4 classes) boxes of (n, 4 classes) codes and n reference boxes, in float32 at least.
+
+        Half precision does not tell two neighbouring pixels of a large image apart.
+        """
+        codes = rel_codes.to(torch.promote_types(rel_codes.dtype, torch.float32)).unflatten(-1, (-1, 4))
         scales = torch.tensor(self.weights, dtype=codes.dtype, device=codes.device)
         sizes = codes[..., 2:].clamp(min=-self.bbox_xform_clip * scales[2:])
         return super().decode_single(torch.cat((codes[..., :2], sizes), dim=-1).flatten(-2), boxes)
@@ -78,12 +81,13 @@ class ProposalNetwork(RegionProposalNetwork):
     Args:
         channels: of each level.
         strides: of each level in pixels.
+        num_proposals: how many are kept of an image; twice as many a level are looked at in training.
 
     Source: the released configuration: 256 anchors an image, half of them positive (IoU of 0.7, below 0.3 negative);
     2,000 a level before non-maximum suppression at 0.7 in training and 1,000 in testing, 1,000 after it.
     """
 
-    def __init__(self, channels: int, strides: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, strides: tuple[int, ...], num_proposals: int = 1000) -> None:
         anchors = Anchors(strides)
         super().__init__(
             anchors,
@@ -92,8 +96,8 @@ class ProposalNetwork(RegionProposalNetwork):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": 1000, "testing": 1000},
+            pre_nms_top_n={"training": 2 * num_proposals, "testing": num_proposals},
+            post_nms_top_n={"training": num_proposals, "testing": num_proposals},
             nms_thresh=0.7,
         )
         self.box_coder = TwoSidedBoxCoder((1.0, 1.0, 1.0, 1.0))

@@ -38,7 +38,10 @@ class RegionPooler(nn.Module):
         self.side, self.strides = side, strides
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Return (n, C, side, side); ``features`` may hold more levels than are used here, after them."""
+        """Return (n, C, side, side); ``features`` may hold more levels than are used here, after them.
+
+        Samples are taken in float32 at least, whatever the features are: their places need it.
+        """
         levels = list(features.values())[: len(self.strides)]
         every = torch.cat(boxes)
         index = torch.repeat_interleave(
@@ -50,8 +53,9 @@ class RegionPooler(nn.Module):
         pooled = levels[0].new_zeros((len(every), levels[0].shape[1], self.side, self.side))
         for number, (level, stride) in enumerate(zip(levels, self.strides, strict=True)):
             (mine,) = torch.where(chosen == number)
-            part = roi_align(level, regions[mine].to(level.dtype), self.side, 1 / stride, 0, aligned=True)
-            pooled = pooled.index_put((mine,), part)
+            values = _wide(level)
+            part = roi_align(values, regions[mine].to(values.dtype), self.side, 1 / stride, 0, aligned=True)
+            pooled = pooled.index_put((mine,), part.to(pooled.dtype))
         return pooled
 
 
@@ -117,6 +121,7 @@ class InstanceHeads(RoIHeads):
         mask_channels: of the mask head's convolutions.
         mask_convs: how many there are.
         with_masks: False for boxes alone, where the data has no masks.
+        box_samples: regions an image that are learned from.
         score_thresh: detections below it are dropped.
         nms_thresh: of two detections of a class that overlap more than this the lesser is dropped.
         detections_per_img: at most so many are kept.
@@ -135,6 +140,7 @@ class InstanceHeads(RoIHeads):
         mask_channels: int = 256,
         mask_convs: int = 4,
         with_masks: bool = True,
+        box_samples: int = 512,
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
@@ -145,7 +151,7 @@ class InstanceHeads(RoIHeads):
             box_predictor=BoxHead(channels, 7, box_width, num_classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=box_samples,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=score_thresh,
