@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from xcit.errors import XCiTError as XCiTError
+    from xcit.inference.detector import Detector as Detector
     from xcit.inference.features import FeatureExtractor as FeatureExtractor
     from xcit.inference.predictor import Predictor as Predictor
     from xcit.models.detectors import create_detector as create_detector
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "XCiTError": "xcit.errors",
+    "Detector": "xcit.inference.detector",
     "FeatureExtractor": "xcit.inference.features",
     "Predictor": "xcit.inference.predictor",
     "create_detector": "xcit.models.detectors",

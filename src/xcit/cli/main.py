@@ -22,7 +22,7 @@ from xcit import __version__
 from xcit.errors import XCiTError
 
 VERBS = (
-    *("predict", "train", "eval", "probe", "embed", "index", "search", "duplicates", "retrieval", "attend"),
+    *("predict", "detect", "train", "eval", "probe", "embed", "index", "search", "duplicates", "retrieval", "attend"),
     *("data", "quickstart", "models", "info", "doctor"),
 )
 """Each is the function of that name in the file of that name."""
