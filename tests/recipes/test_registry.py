@@ -22,7 +22,7 @@ def test_a_recipe_can_be_followed(recipe):
 
     config = recipe.make()
     assert config.recipe == recipe.name
-    if config.data.format != "digits":
+    if getattr(config.data, "format", "") != "digits":
         assert not config.data.root
         config = override(config, {"data.root": "somewhere"})
     assert check_config(config) is config

@@ -140,12 +140,14 @@ def compare(theirs: DataLoader[ImagesAndLabels], ours: TrainLoader, draws: int =
         OutputsDifferError: they do not.
     """
     transform = theirs.dataset.transform  # type: ignore[attr-defined]
-    images = ours.dataset.images
+    dataset = ours.dataset
+    assert isinstance(dataset, TrainImages)
+    images = dataset.images
     for index in range(min(draws, len(images))):
         with seeded(SEED + index):
             expected = transform(images.open(index))
         with seeded(SEED + index):
-            got = ours.dataset.transform(images.open(index))
+            got = dataset.transform(images.open(index))
         difference = (got - expected).abs().max().item()
         if not difference <= 1e-5:
             raise OutputsDifferError(

@@ -16,7 +16,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from xcit.data.batches import Crops, LabelledImages
-from xcit.data.image_set import ImageSet
+from xcit.data.detection import AnnotatedImages
+from xcit.data.image_set import NamedImages
 from xcit.data.loading import TrainLoader
 from xcit.errors import CheckpointError, ConfigError, DataError
 from xcit.files import write_atomic
@@ -144,7 +145,7 @@ class RunKeeper(Callback):
         trainer: lightning.Trainer,
         pl_module: Task,
         outputs: Any,
-        batch: LabelledImages | Crops,
+        batch: LabelledImages | Crops | AnnotatedImages,
         batch_idx: int,
     ) -> None:
         """Log, save and stop where it is time to.
@@ -183,7 +184,9 @@ class RunKeeper(Callback):
         stop, due_somewhere = wanted.tolist()
         return int(stop), bool(due_somewhere)
 
-    def _log_step(self, trainer: lightning.Trainer, outputs: Any, batch: LabelledImages | Crops) -> None:
+    def _log_step(
+        self, trainer: lightning.Trainer, outputs: Any, batch: LabelledImages | Crops | AnnotatedImages
+    ) -> None:
         assert self.lines is not None
         now, waited = time.perf_counter(), self.loader.wait_seconds
         passed = max(1e-9, now - self._lines_began)
@@ -206,7 +209,7 @@ class RunKeeper(Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
-        batch: LabelledImages,
+        batch: LabelledImages | AnnotatedImages,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -344,7 +347,7 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def write_skipped(skipped: Mapping[str, set[int]], images: Mapping[str, ImageSet], path: Path) -> None:
+def write_skipped(skipped: Mapping[str, set[int]], images: Mapping[str, NamedImages], path: Path) -> None:
     """Write which images could not be decoded, and why.
 
     Raises:
@@ -357,7 +360,7 @@ def write_skipped(skipped: Mapping[str, set[int]], images: Mapping[str, ImageSet
     write_atomic(path, text.getvalue().encode())
 
 
-def skipped_images(skipped: Mapping[str, set[int]], images: Mapping[str, ImageSet]) -> list[tuple[str, str, str]]:
+def skipped_images(skipped: Mapping[str, set[int]], images: Mapping[str, NamedImages]) -> list[tuple[str, str, str]]:
     """Return part, name and reason of each image that could not be decoded, by trying once more."""
     rows = []
     for part, found in images.items():

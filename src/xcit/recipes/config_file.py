@@ -12,10 +12,13 @@ import yaml  # type: ignore[import-untyped]
 
 from xcit.errors import ConfigError
 from xcit.recipes.config import TrainConfig
+from xcit.recipes.detection_config import DetectionConfig
 from xcit.recipes.dino_config import DinoConfig
 from xcit.recipes.settings import RunConfig, build_config
 
-CONFIGS: Mapping[str, type[RunConfig]] = MappingProxyType({"classification": TrainConfig, "dino": DinoConfig})
+CONFIGS: Mapping[str, type[RunConfig]] = MappingProxyType(
+    {"classification": TrainConfig, "dino": DinoConfig, "detection": DetectionConfig}
+)
 """What holds the settings of each task."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from xcit.data.image_set import ImageSet
+from xcit.data.image_set import NamedImages
 from xcit.data.loading import TrainLoader
 from xcit.recipes.run_folder import RunFolder
 from xcit.tasks.task import Task
@@ -47,7 +47,7 @@ class Job(ABC):
     task: Task
     train_loader: TrainLoader
     val_loader: DataLoader[Any] | None = None
-    images: Mapping[str, ImageSet]
+    images: Mapping[str, NamedImages]
     accumulate: int = 1
     clip_grad: float = 0.0
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from xcit.errors import UnknownNameError
 from xcit.recipes.ablations import ablation_recipes
+from xcit.recipes.detection import detection_recipes
 from xcit.recipes.digits import digits_recipes
 from xcit.recipes.dino import dino_recipes
 from xcit.recipes.finetune import own_recipes
@@ -21,6 +22,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             *own_recipes(),
             *digits_recipes(),
             *dino_recipes(),
+            *detection_recipes(),
             *imagenet_recipes(),
             *transfer_recipes(),
             *ablation_recipes(),

@@ -21,6 +21,8 @@ from xcit.models.layers import XCABlock
 from xcit.recipes.checkpointing import AtomicCheckpointIO, RunKeeper, check_state
 from xcit.recipes.classification_job import ClassificationJob
 from xcit.recipes.config import TrainConfig
+from xcit.recipes.detection_config import DetectionConfig
+from xcit.recipes.detection_job import DetectionJob
 from xcit.recipes.dino_config import DinoConfig
 from xcit.recipes.dino_job import DinoJob
 from xcit.recipes.interrupts import StopRequest
@@ -55,6 +57,8 @@ def open_job(config: RunConfig, share: Share | None = None, *, pin_memory: bool 
     """
     if isinstance(config, DinoConfig):
         return DinoJob(config, share, pin_memory=pin_memory)
+    if isinstance(config, DetectionConfig):
+        return DetectionJob(config, share, pin_memory=pin_memory)
     assert isinstance(config, TrainConfig)
     return ClassificationJob(config, share, pin_memory=pin_memory)
 
@@ -76,8 +80,8 @@ def train(config: RunConfig, run: RunFolder, *, console: Console | None = None) 
     Returns:
         The figures that the task's job concludes with: of a classifier ``ClassificationMetrics`` or
         ``MultiLabelMetrics`` on the test part, or where the data has none on the part that the epoch was chosen by; of
-        DINO ``DinoResult``. They stand in the run's ``metrics.json`` as well. None in all processes of the run but the
-        first.
+        DINO ``DinoResult``, of a detector ``DetectionResult``. They stand in the run's ``metrics.json`` as well. None
+        in all processes of the run but the first.
 
     Raises:
         ConfigError: settings that are out of range or do not go together.
