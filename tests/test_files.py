@@ -23,6 +23,18 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("num_bytes", "amount"), [(7, "7 bytes"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (1 << 20, "1.0 MiB")]
+)
+def test_what_is_needed_is_told_in_a_unit_that_shows_it(tmp_path, monkeypatch, num_bytes, amount):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ExportError, match=f"; {amount} are needed; make room"):
+        write_atomic(tmp_path / "file", bytes(num_bytes))
+
+
 def test_the_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     events = []
     fsync = os.fsync

@@ -56,8 +56,14 @@ def replacing(path: Path, *, num_bytes: int | None = None) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
     except OSError as err:
         if err.errno in FULL:
-            needed = "" if num_bytes is None else f"{num_bytes / 2**20:.1f} MiB are needed; "
+            needed = "" if num_bytes is None else f"{_amount(num_bytes)} are needed; "
             advice = f"{needed}make room"
         else:
             advice = "name a folder that you may write to"
         raise ExportError(f"{path} could not be written: {err.strerror or err}; {advice}.") from err
+
+
+def _amount(num_bytes: int) -> str:
+    if num_bytes >= 2**20:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**10:.1f} KiB" if num_bytes >= 2**10 else f"{num_bytes} bytes"

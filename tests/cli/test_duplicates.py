@@ -106,6 +106,67 @@ def test_features_of_a_file_give_the_same(capsys, tmp_path):
     assert run(capsys, file, "--format", "json")[1] == run(capsys, "photos", *MODEL, "--format", "json")[1]
 
 
+@pytest.fixture(scope="module")
+def many(place):
+    """A folder in which most images are there several times."""
+    (place / "many").mkdir()
+    for i in range(30):
+        picture(i).save(place / "many" / f"{i:02d}.png")
+        shutil.copy(place / "many" / f"{i:02d}.png", place / "many" / f"{i:02d} (1).png")
+        if i < 20:
+            picture(i).save(place / "many" / f"{i:02d} near.jpg", quality=90)
+    for i in range(40):
+        shutil.copy(place / "many" / "29.png", place / "many" / f"29 ({i + 2}).png")
+    return "many"
+
+
+def test_a_folder_full_of_copies_is_no_fault_of_the_model(capsys, many):
+    _, out, err = run(capsys, many, *MODEL, "--format", "json")
+    (line,) = err.splitlines()
+    assert " of copies made of 50 images are found" in line
+    assert "80 % of these images are joined with another of all 120, 80 % with a likely copy" in line
+    clusters = json.loads(out)["clusters"]
+    assert sorted(map(len, clusters)) == [2] * 9 + [3] * 20 + [42]
+    kept = {member["file"] for cluster in clusters for member in cluster if member["keep"]}
+    assert kept == {f"many/{i:02d}.png" for i in range(30)}  # not "00 (1).png", which comes first
+
+
+def test_a_long_table_is_cut_and_says_so(capsys, many, tmp_path):
+    _, out, _ = run(capsys, many, *MODEL, "--output", tmp_path / "o.csv")
+    lines = out.splitlines()
+    assert lines[0].startswith("30 clusters of 120 images, among 120 (")
+    rows = [line for line in lines if line.split()[:1] and line.split()[0].isdecimal() and "clusters" not in line]
+    assert len([row for row in rows if "many/" in row]) + 1 == len(rows) <= 60
+    assert sum("... 37 more" in row for row in rows) == 1
+    shown = len(rows) - 1
+    whole = 30 - len({row.split()[0] for row in rows})
+    assert lines[-1].startswith(f"{120 - shown} of the 120 images, {whole} whole clusters of them, are not shown; ")
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == 121
+
+
+def test_copies_of_one_image_only(capsys, place):
+    (place / "one").mkdir(exist_ok=True)
+    for name in ("a.png", "b.png"):
+        picture(0).save(place / "one" / name)
+    status, out, _ = run(capsys, "one", *MODEL)
+    assert status == 0
+    assert out.startswith("1 cluster of 2 images, among 2 (")
+    (place / "one" / "b.png").unlink()
+    assert run(capsys, "one", *MODEL)[1] == "No copies among 1 image (threshold 1.0000).\n"
+
+
+def test_a_weak_model_is_told_with_a_way_on(capsys, place):
+    (place / "alike").mkdir()
+    for i in range(20):
+        pixels = np.full((40, 40, 3), 120, np.uint8)
+        pixels[20, 20] = i
+        Image.fromarray(pixels).save(place / "alike" / f"{i}.png")
+    _, _, err = run(capsys, "alike", *MODEL, "--format", "csv")
+    assert "Either this model does not tell copies" in err
+    assert "or most images have many near copies" in err
+    assert "--threshold 0.9" in err or "--threshold 1.0" in err
+
+
 def test_no_copies(capsys, tmp_path):
     status, out, err = run(capsys, "test", *MODEL, "--threshold", "1", "--sheet", tmp_path / "s.png")
     assert (status, out) == (0, "No copies among 17 images (threshold 1.0000).\n")
@@ -120,7 +181,7 @@ def test_no_copies(capsys, tmp_path):
         (["photos", *MODEL, "--threshold", "2"], "--threshold is 2; it must be auto, or more than -1"),
         (["photos", *MODEL, "--threshold", "high"], "--threshold is high"),
         (["photos", *MODEL, "--against", "photos"], "18 files are in photos as well as in photos"),
-        (["gone", *MODEL], "None of the 1 images can be read"),
+        (["nowhere", "--model", "gone.safetensors"], "xcit: nowhere: there is no such file."),
     ],
 )
 def test_mistakes(capsys, arguments, message):

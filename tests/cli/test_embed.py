@@ -1,13 +1,16 @@
 """`xcit embed` and `xcit index` on real files, and real processes that are really killed."""
 
 import csv
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 
 from xcit.cli.main import main
+from xcit.inference import embedding, feature_file
 from xcit.inference.feature_file import read_features
 from xcit.inference.features import FeatureExtractor
 from xcit.inference.index import read_index
@@ -81,10 +85,86 @@ def test_broken_images_cost_a_line_each(capsys, tmp_path):
     assert status == 1
     first, last = err.splitlines()
     assert first.startswith(f"xcit: {bad}: is not an image")
-    assert last == f"xcit: 1 of 2 images cannot be read and are left out. {out}.errors.csv lists them."
+    assert last == f"xcit: 1 of 2 images cannot be read and is left out. {out}.errors.csv lists them."
     with (tmp_path / "f.parquet.errors.csv").open(newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == [str(bad)]
-    assert run(capsys, "embed", bad, "-o", tmp_path / "g.parquet", "--model", "m.safetensors")[0] == 2
+    status, _, err = run(capsys, "embed", bad, "-o", tmp_path / "g.parquet", "--model", "m.safetensors")
+    assert status == 2
+    assert err == f"{first}\n"
+
+
+def test_images_that_are_not_there_are_told_before_a_model_is_loaded(capsys, tmp_path):
+    for verb, names, sentence in (
+        ("embed", ["photos/00.pngg"], "photos/00.pngg: there is no such file; did you mean 'photos/00.png'?"),
+        ("embed", ["a.png", "b.png"], "None of the 2 images can be read. The first: a.png: there is no such file."),
+        ("index", ["nosuch"], "nosuch: there is no such file."),
+    ):
+        status, out, err = run(capsys, verb, *names, "-o", tmp_path / "f.parquet", "--model", "gone.safetensors")
+        assert (status, out, err) == (2, "", f"xcit: {sentence}\n")
+    status, _, err = run(
+        capsys, "embed", "a.png", "photos/00.png", "-o", tmp_path / "f.npy", "--model", "m.safetensors"
+    )
+    assert status == 1  # of some, the others are read
+    assert "a.png: there is no such file" in err
+
+
+def test_one_is_not_spoken_of_as_many(capsys, tmp_path):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name in ("00.png", "01.png"):
+        shutil.copy(f"photos/{name}", folder)
+    arguments = ["embed", folder, "-o", tmp_path / "f.parquet", "--model", "m.safetensors"]
+    run(capsys, *arguments)
+    (folder / "01.png").unlink()
+    status, out, err = run(capsys, *arguments)
+    assert status == 0
+    assert err.splitlines() == [
+        "xcit: 1 of 1 image was done before.",
+        "xcit: 1 image whose file is gone was taken out.",
+    ]
+    assert ": 1 image, 16 numbers each" in out
+    shutil.copy("photos/02.png", folder)
+    status, _, err = run(capsys, *arguments[:1], folder / "02.png", *arguments[2:])
+    assert status == 2
+    assert f"holds an image that is not named now ({folder}/00.png); name it too, or another file, or drop it" in err
+
+
+def test_a_full_disk(capsys, tmp_path, monkeypatch):
+    """What is told as kept is what was written; what is needed is told in a unit that shows it."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "f.parquet"
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_file, "replacing", _replacing_on(full))
+        status, shown, err = run(capsys, "embed", "photos", "-o", out, "--model", "m.safetensors")
+    assert (status, shown) == (2, "")
+    assert "kept" not in err
+    assert "No space left on device; 2.5 KiB are needed; make room" in err
+    monkeypatch.setattr(embedding, "PART_ROWS", 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_file, "replacing", _replacing_on(full, after=2))
+        status, _, err = run(capsys, "embed", "photos", "-o", out, "--model", "m.safetensors")
+    assert status == 2
+    assert "xcit: 32 of 40 images are done and kept.\n" in err
+    status, _, err = run(capsys, "embed", "photos", "-o", out, "--model", "m.safetensors")
+    assert (status, err) == (0, "xcit: 32 of 40 images were done before.\n")
+
+
+def _replacing_on(full, after=0):
+    """Return the real ``replacing`` on a disk that is full after some files."""
+    real, written = feature_file.replacing, []
+
+    @contextmanager
+    def replacing(path, **options):
+        with real(path, **options) as partial:
+            yield partial
+            written.append(path)
+            if len(written) > after:
+                full(0)
+
+    return replacing
 
 
 @pytest.mark.parametrize(
@@ -99,6 +179,11 @@ def test_broken_images_cost_a_line_each(capsys, tmp_path):
         (["--model", "m.safetensors", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
         (["--model", "m.safetensors", "--scales", "0.1"], "smaller than one patch"),
         (["--model", "gone.safetensors"], "There is no file gone.safetensors"),
+        (["--model", "photos"], "photos is a folder, and neither the name of a model nor a checkpoint"),
+        (["--model", "m.safetensors", "--gem-p", "3"], "--gem-p is for --pool gem, and --pool is token"),
+        (["--model", "m.safetensors", "--pool", "both", "--gem-p", "4"], "and --pool is both"),
+        (["--model", "m.safetensors", "--pool", "gem", "--gem-p", "0"], "--gem-p is 0.0; it must be more than 0"),
+        (["--model", "m.safetensors", "--pool", "gem"], r"not with m.safetensors .*; they differ in pool\. Name"),
     ],
 )
 def test_refusals_leave_the_output_alone(capsys, tmp_path, arguments, message):

@@ -73,6 +73,7 @@ def test_copydays(capsys, monkeypatch, place):
         (["--dataset", "copydays", "--data", "copy", "--whole-queries"], "Copydays' queries have no boxes"),
         (["--dataset", "roxford5k", "--data", "ox", "--distractors", "ox"], "are for copydays"),
         (["--dataset", "roxford5k", "--data", "ox", "--image-size", "4"], "image_size is 4"),
+        (["--dataset", "roxford5k", "--data", "ox", "--gem-p", "3"], "--gem-p is for --pool gem, and --pool is token"),
     ],
 )
 def test_mistakes(capsys, monkeypatch, place, arguments, message):

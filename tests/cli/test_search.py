@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +130,53 @@ def test_another_model_is_refused(capsys):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "asked", "pool"),
+    [
+        ({"in_chans": 1}, ["--pool", "avg"], "avg"),
+        ({"variant": "avg_pool"}, ["--pool", "token"], "token"),
+        ({"patch_size": 16}, ["--pool", "avg", "--scales", "0.5"], "avg"),  # 8 px, half a patch
+    ],
+)
+def test_a_model_that_the_settings_do_not_fit_is_refused_in_the_same_words(capsys, tmp_path, options, asked, pool):
+    """It cannot even be asked as the index's was; still it is another model, which is what matters."""
+    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    if "in_chans" in options:
+        cfg |= {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5]}
+    model = XCiT(**{"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "num_classes": 0} | options)
+    other = save_checkpoint(model, tmp_path / "other.safetensors", preprocessing=cfg)
+    index = tmp_path / "b.index"
+    assert main(["index", "photos", "-o", str(index), "--model", "m.safetensors", *asked, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    status, out, err = run(capsys, "queries/copy.jpg", "--index", index, "--model", other)
+    assert (status, out) == (2, "")
+    assert f"{index} was made with m.safetensors (pool {pool}, fingerprint " in err
+    assert f"not with {other} (pool avg, fingerprint " in err
+    assert "preprocessing" in err.partition("they differ in")[2]
+    assert "Their features cannot be compared" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_mistake_that_is_not_the_models_is_told_as_such(capsys):
+    status, _, err = run(capsys, "queries/copy.jpg", "--index", "a.index", "--model", "photos")
+    assert status == 2
+    assert "photos is a folder" in err
+
+
+def test_the_first_of_exact_copies_comes_first_whatever_top_k_is(capsys, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(40):
+        picture(i % 3).save(folder / f"{i:02d}.png")
+    index = tmp_path / "c.index"
+    assert main(["index", str(folder), "-o", str(index), "--model", "m.safetensors", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    for k in (1, 2, 5, 14, 40):
+        _, out, _ = run(capsys, folder / "07.png", "--index", index, "--top-k", k, "--format", "csv")
+        found = [os.path.basename(row["file"]) for row in csv.DictReader(io.StringIO(out))]  # noqa: PTH119
+        assert found[:14] == [f"{i:02d}.png" for i in range(1, 40, 3)][: min(k, 14)] + found[13:14] * (k > 13)
+
+
 def test_the_same_model_elsewhere_is_taken(capsys, tmp_path, place):
     other = tmp_path / "copy.safetensors"
     other.write_bytes((place / "m.safetensors").read_bytes())
@@ -153,7 +202,18 @@ def test_broken_queries(capsys, tmp_path):
     assert err.splitlines()[0] == f"xcit: {bad}: is empty (0 bytes)."
     status, _, err = run(capsys, bad, "--index", "a.index")
     assert status == 2
-    assert err.splitlines()[-1] == "xcit: None of the 1 images can be read."
+    assert err == f"xcit: {bad}: is empty (0 bytes).\n"
+    other = tmp_path / "other.png"
+    other.write_bytes(b"")
+    status, _, err = run(capsys, bad, other, "--index", "a.index")
+    assert status == 2
+    assert err.splitlines() == [
+        f"xcit: {bad}: is empty (0 bytes).",
+        f"xcit: {other}: is empty (0 bytes).",
+        "xcit: None of the 2 images can be read.",
+    ]
+    status, _, err = run(capsys, "nosuch.png", "--index", "gone.index")
+    assert (status, err) == (2, "xcit: nosuch.png: there is no such file.\n")
 
 
 @pytest.mark.parametrize(
@@ -172,3 +232,21 @@ def test_mistakes(capsys, arguments, message):
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_the_python_of_the_document_runs(capsys, tmp_path, monkeypatch, place):
+    """As it stands there, but for the model, whose weights are not at hand."""
+    text = (Path(__file__).parents[2] / "docs" / "retrieval.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert '"dino_xcit_small_12_p16"' in code
+    model = str(place / "m.safetensors")
+    arguments = ["embed", str(place / "photos"), "-o", str(tmp_path / "features.parquet"), "--model", model]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    picture(7).save(tmp_path / "query.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    names = {}
+    exec(compile(code.replace("dino_xcit_small_12_p16", model), "docs/retrieval.md", "exec"), names)
+    assert len(names["hits"].positions[0]) == 5
+    assert os.path.basename(names["table"].paths[names["hits"].positions[0][0]]) == "07.png"  # noqa: PTH119
+    assert "07.png" in capsys.readouterr().out

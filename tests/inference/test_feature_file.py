@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 
 from xcit.data.preprocess import Preprocessing
-from xcit.errors import ConfigError, DataError
+from xcit.errors import ConfigError, DataError, ExportError
 from xcit.inference import embedding
 from xcit.inference.embedding import embed_files
 from xcit.inference.feature_file import FeatureTable, Origin, read_features, unit_rows, write_features
@@ -52,6 +53,32 @@ def test_what_is_written_is_read(tmp_path, n):
     found = read_features(tmp_path / "f.parquet")
     assert found.dim == 7
     assert_same(found, table(n))
+
+
+@pytest.mark.parametrize("name", ["f.parquet", "f.npy", "f.csv"])
+def test_names_of_files_may_be_plain_text(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_features(name, table())
+    assert (tmp_path / name).exists()
+    if name == "f.parquet":
+        assert_same(read_features(name), table())
+    with pytest.raises(DataError, match=r"gone\.parquet: there is no such file"):
+        read_features("gone.parquet")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "what"),
+    [
+        ({"pool": "token", "dim": 8, "gem_p": None}, {"pool": "gem", "dim": 8, "gem_p": 4.0}, "pool"),
+        ({"pool": "token", "dim": 8, "gem_p": None}, {"pool": "both", "dim": 16, "gem_p": None}, "pool"),
+        ({"pool": "gem", "dim": 8, "gem_p": 3.0}, {"pool": "gem", "dim": 8, "gem_p": 4.0}, "gem_p"),
+        ({"architecture": "a", "dim": 8, "scales": [1]}, {"architecture": "b", "dim": 9, "scales": [2]},
+         "architecture, scales"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_told_by_its_cause(ours, theirs, what):
+    sentence = Origin("ab" * 32, ours, ".").unlike(Origin("cd" * 32, theirs, "."), "f.parquet")
+    assert sentence.endswith(f"; they differ in {what}.")
 
 
 def test_many_row_groups(tmp_path, monkeypatch):
@@ -219,6 +246,34 @@ def test_nothing_can_be_read(tmp_path, model, photos):
     with pytest.raises(DataError, match=r"None of the 7 images can be read. The first: photos/0.png: is empty"):
         embed_files(photos, extractor(model), tmp_path / "f.parquet")
     assert not (tmp_path / "f.parquet").exists()
+    with pytest.raises(DataError, match=r"^photos/0.png: is empty \(0 bytes\)\.$"):
+        embed_files(photos[:1], extractor(model), tmp_path / "f.parquet")
+
+
+@pytest.mark.parametrize(("rows_a_part", "fitting", "num_kept"), [(2, 2, 4), (100, 0, 0), (100, 1, 7), (2, 4, 7)])
+def test_what_is_told_as_kept_is_on_the_disk(tmp_path, model, photos, monkeypatch, rows_a_part, fitting, num_kept):
+    """Rows that were computed but did not fit are not kept; those of earlier parts are."""
+    monkeypatch.setattr(embedding, "PART_ROWS", rows_a_part)
+    written, kept = [], []
+    write = embedding.write_features
+
+    def filling(path, table):
+        if len(written) == fitting:
+            raise ExportError("full")
+        written.append(len(table))
+        write(path, table)
+
+    monkeypatch.setattr(embedding, "write_features", filling)
+    with pytest.raises(ExportError, match="full"):
+        embed_files(photos, extractor(model), str(tmp_path / "f.parquet"), on_kept=kept.append)
+    lying = sum(len(read_features(part)) for part in (tmp_path / ".f.parquet.parts").glob("0*.parquet"))
+    assert sum(kept) == lying == num_kept
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place where nobody can make a file")
+def test_a_place_where_no_file_can_be_is_told_as_such(model, photos):
+    with pytest.raises(ExportError, match=r"^/proc/f.parquet cannot be written: .* \(/proc\)"):
+        embed_files(photos, extractor(model), "/proc/f.parquet")
 
 
 def test_a_repeat_computes_nothing_and_touches_nothing(tmp_path, model, photos):

@@ -216,6 +216,23 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, name):
         create_model(name)
 
 
+def test_what_is_there_but_no_checkpoint_is_not_called_unknown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "text.index").write_bytes(b"XCITINDX" + bytes(100))
+    (tmp_path / "xcit_nano_12_p8").mkdir()
+    for pretrained in (False, True):
+        with pytest.raises(CheckpointError, match=r"^photos is a folder, .* name a file, such as photos/model\.safe"):
+            create_model("photos", pretrained=pretrained)
+        with pytest.raises(CheckpointError, match=r"^text\.index is a file, .* if it is one, write \./text\.index\."):
+            create_model("text.index", pretrained=pretrained)
+    with pytest.raises(CheckpointError, match=r"text\.index"):  # the advice leads to a sentence of its own
+        create_model("./text.index")
+    with pytest.raises(UnknownNameError, match="Unknown model 'photo'"):
+        create_model("photo")
+    assert create_model("xcit_nano_12_p8").num_classes == 1000  # a folder of a model's name hides nothing
+
+
 def test_a_file_with_options_of_the_future(small, tmp_path):
     model = small()
     model.config["flux_capacity"] = 1.21

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 SHOWN = 60
 """Images of a cluster that a sheet shows."""
+PRINTED = 60
+"""Lines of a table for people; the other forms hold all."""
+PRINTED_OF_A_CLUSTER = 6
 
 
 def duplicates(
@@ -52,9 +55,11 @@ def duplicates(
 
     A cosine means different things with each model, so auto measures: it makes copies of 64 of the images (JPEG at
     quality 30, half the size, the middle 90 %) and takes the cosine that 95 % of them reach with their original, or a
-    higher one if else more than a fifth of the 64 were joined with another. What it found is told.
+    higher one if else more than a tenth of the 64 were joined with a stranger among all images. Exact copies, and
+    neighbours that stand out from all others as copies do, are no strangers. What it found is told, with a warning
+    where copies and strangers are hard to tell apart.
 
-    Nothing is ever deleted.
+    The table has the first 60 lines and up to 6 of a cluster; CSV and JSON have all. Nothing is ever deleted.
 
     Exit status: 0 when all was compared, copies or not; 1 if broken images were left out, 2 for a mistake in the
     command, 130 after Ctrl-C.
@@ -68,8 +73,9 @@ def duplicates(
         format: What is printed: a table for people, the others for programs.
         output: Write the clusters to this file as well.
         sheet: Draw the clusters into this file, the image to keep first.
-        list_removable: Print only the files that could go, one a line: all of each cluster but the largest file. With
-            --against: all of DIR that are in the other folder too.
+        list_removable: Print only the files that could go, one a line: all of each cluster but the largest file (of
+            equal ones, that of the shortest name, then the first). With --against: all of DIR that are in the other
+            folder too.
         device: Where to run (cuda:1 is the second card). auto takes the first there is of cuda, mps and cpu.
         batch_size: Images that go through the model at once.
     """
@@ -80,11 +86,19 @@ def duplicates(
     inputs.check_numbers(batch_size=batch_size)
     table_file = writable(output, (".csv", ".json"), "--output")
     sheet_file = writable(sheet, (".png",), "--sheet")
-    table, side, failed, chosen = _features(source, model, against, cosine, pool, device, batch_size)
+    table, side, failed, extractor = _features(source, model, against, cosine, pool, device, batch_size)
     paths = [table.origin.locate(name) for name in table.paths]
 
     from xcit.inference.duplicates import content_groups, find_clusters, kept_member
 
+    exact = content_groups(paths)
+    if cosine is not None:
+        chosen = cosine
+    elif len(table) > 1:
+        assert extractor is not None
+        chosen = _chosen(paths, table, extractor, exact, side)
+    else:
+        chosen = 1.0  # nothing to compare
     with inputs.progress_bar("comparing", len(table)) as advance:
         done = 0
 
@@ -93,9 +107,7 @@ def duplicates(
             advance(number - done)
             done = number
 
-        clusters = find_clusters(
-            table.features, chosen, exact=content_groups(paths), side=side, on_progress=on_progress
-        )
+        clusters = find_clusters(table.features, chosen, exact=exact, side=side, on_progress=on_progress)
     kept = [kept_member(cluster, paths) for cluster in clusters]
     lines = _lines(table, clusters, kept, side)
     head = ("cluster", "copy", "similarity", "keep", *(() if side is None else ("in",)), "file")
@@ -139,8 +151,8 @@ def _features(
     pool: Pool | None,
     device: str,
     batch_size: int | None,
-) -> tuple[FeatureTable, np.ndarray | None, list[Failed], float]:
-    """Return the features, which images are of the other folder, the broken files, and the threshold."""
+) -> tuple[FeatureTable, np.ndarray | None, list[Failed], FeatureExtractor | None]:
+    """Return the features, which images are of the other folder, the broken files, and what makes more features."""
     import numpy as np
 
     from xcit.cli import embedding_inputs as inputs
@@ -157,10 +169,8 @@ def _features(
         if len(table) == 0:
             raise DataError(f"{source}: holds no images.")
         if cosine is None or model is not None:
-            extractor = inputs.extractor_like(table.origin, source, model, device, batch_size)
-        if cosine is None:
-            cosine = _chosen([table.origin.locate(name) for name in table.paths], extractor)
-        return table, None, [], cosine
+            return table, None, [], inputs.extractor_like(table.origin, source, model, device, batch_size)
+        return table, None, [], None
     if model is None:
         raise ConfigError("--model is missing: name the model that looks at the images.")
     paths = find_images([source])
@@ -168,31 +178,40 @@ def _features(
     both = {os.path.realpath(path) for path in paths} & {os.path.realpath(path) for path in others}
     if both:
         raise ConfigError(f"{len(both)} files are in {source} as well as in {against}; name folders apart.")
+    inputs.require_some([*paths, *others])
     extractor = inputs.open_extractor(model, pool=pool, device=device, batch_size=batch_size)
     table, failed = inputs.features_of([*paths, *others], extractor, "embedding")
     side = None
     if against is not None:
         first = {str(path) for path in paths}
         side = np.array([name not in first for name in table.paths])
-    if cosine is None:
-        cosine = _chosen([Path(name) for name in table.paths], extractor)
-    return table, side, failed, cosine
+    return table, side, failed, extractor
 
 
-def _chosen(paths: Sequence[Path], extractor: FeatureExtractor) -> float:
+def _chosen(
+    paths: Sequence[Path],
+    table: FeatureTable,
+    extractor: FeatureExtractor,
+    exact: Sequence[Sequence[int]],
+    side: np.ndarray | None,
+) -> float:
+    from xcit.cli.embedding_inputs import counted
     from xcit.inference.duplicates import FOUND, choose_threshold
 
-    threshold = choose_threshold(paths, extractor)
+    threshold = choose_threshold(paths, table.features, extractor, exact=exact, side=side)
+    likely = f", {100 * threshold.likely_copies:.0f} % with a likely copy" if threshold.likely_copies else ""
     print(
         f"xcit: threshold {threshold.value:.4f}, at which {100 * threshold.copies_found:.0f} % of copies made of "
-        f"{threshold.num_images} images are found, and {100 * threshold.images_joined:.0f} % of these images are "
-        f"joined with another.",
+        f"{counted(threshold.num_images, 'image')} are found, and {100 * threshold.images_joined:.0f} % of these "
+        f"images are joined with another of all {len(table):,}{likely} (files of the same bytes aside).",
         file=sys.stderr,
     )
     if threshold.copies_found < FOUND:
         print(
-            "xcit: this model does not tell copies from other images of this kind well; look at the clusters, or take "
-            "another model or --pool.",
+            f"xcit: other images are as near as copies here. Either this model does not tell copies from other images "
+            f"of this kind well, or most images have many near copies, as frames of a film do. Look at the clusters; "
+            f"another model or --pool may do better, and --threshold {threshold.reached:.4f} finds the copies that "
+            f"this one leaves out, with more strangers among them.",
             file=sys.stderr,
         )
     return threshold.value
@@ -231,16 +250,38 @@ def _print(
     table: FeatureTable,
     threshold: float,
 ) -> None:
-    from xcit.cli.embedding_inputs import printable
+    from xcit.cli.embedding_inputs import counted, printable
     from xcit.cli.output import print_table
 
     if not clusters:
-        print(f"No copies among {len(table):,} images (threshold {threshold:.4f}).")
+        print(f"No copies among {counted(len(table), 'image')} (threshold {threshold:.4f}).")
         return
     count = sum(map(len, clusters))
-    title = f"{len(clusters):,} clusters of {count:,} images, among {len(table):,} (threshold {threshold:.4f})"
+    what = f"{counted(len(clusters), 'cluster')} of {count:,} images"
     columns = tuple(f">{name}" if name in ("cluster", "similarity") else name for name in head)
-    print_table(title, columns, [(*line[:-1], printable(line[-1])) for line in lines])
+    rows: list[tuple[str, ...]] = []
+    num_shown = start = num_whole = 0
+    for cluster in clusters:
+        shown = lines[start : start + len(cluster)]
+        if len(shown) > PRINTED_OF_A_CLUSTER:
+            shown = shown[: PRINTED_OF_A_CLUSTER - 1]
+        if len(rows) + len(shown) + 1 > PRINTED:
+            break
+        rows += [(*line[:-1], printable(line[-1])) for line in shown]
+        if len(shown) < len(cluster):
+            rows.append((shown[0][0], *[""] * (len(head) - 2), f"... {len(cluster) - len(shown):,} more"))
+        num_shown += len(shown)
+        start += len(cluster)
+        num_whole += 1
+    print_table(f"{what}, among {len(table):,} (threshold {threshold:.4f})", columns, rows)
+    if num_shown < count:
+        others = (
+            f", {counted(len(clusters) - num_whole, 'whole cluster')} of them," if num_whole < len(clusters) else ""
+        )
+        print(
+            f"{count - num_shown:,} of the {count:,} images{others} are not shown; --output FILE.csv (or .json) and "
+            f"--format csv (or json) hold all."
+        )
 
 
 def _sheet(table: FeatureTable, clusters: list[list[Member]], kept: list[int], paths: list[Path], title: str) -> bytes:

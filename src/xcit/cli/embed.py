@@ -18,7 +18,7 @@ def embed(
     model: Annotated[str, arg(metavar="MODEL")],
     pool: Annotated[Pool, arg(metavar="token|avg|both|gem")] = "token",
     scales: Annotated[str, arg(metavar="X,X,...|multi")] = "1",
-    gem_p: Annotated[float, arg(metavar="P")] = 4.0,
+    gem_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="(default: 4)")] = None,
     image_size: Annotated[int | None, arg(metavar="PX", help_behavior_hint="(default: what the model expects)")] = None,
     device: Annotated[str, arg(metavar="auto|cpu|cuda|mps")] = "auto",
     batch_size: Annotated[
@@ -48,7 +48,7 @@ def embed(
         model: Who looks; see above.
         pool: The class token, the mean of the patch tokens, both after each other, or their generalised mean.
         scales: Factors by which the image is resized; the features are averaged. multi is 1,0.707,0.5, as in DINO.
-        gem_p: Exponent of the generalised mean.
+        gem_p: For --pool gem: exponent of the generalised mean.
         image_size: Side of the square in pixels to which images are resized and cropped.
         device: Where to run (cuda:1 is the second card). auto takes the first there is of cuda, mps and cpu.
         batch_size: Images that go through the model at once.
@@ -58,6 +58,7 @@ def embed(
     from xcit.cli.result_files import writable
 
     inputs.check_numbers(image_size=image_size, batch_size=batch_size, gem_p=gem_p)
+    inputs.refuse_idle_gem_p(gem_p, pool)
     factors = inputs.parse_scales(scales)
     inputs.require_retrieval_extra("pyarrow")
 
@@ -67,42 +68,50 @@ def embed(
     path = writable(output, ENDINGS, "--output")
     assert path is not None
     paths = find_images(images)
+    inputs.require_some(paths)
     extractor = inputs.open_extractor(
         model, pool=pool, scales=factors, gem_p=gem_p, image_size=image_size, device=device, batch_size=batch_size
     )
 
     from xcit.inference.embedding import Failed, embed_files
 
-    num_done = 0
+    num_kept, of_all = 0, f"of {inputs.counted(len(paths), 'image')}"
     with inputs.progress_bar("embedding", len(paths)) as advance:
 
         def on_reused(number: int) -> None:
-            nonlocal num_done
-            num_done = number
+            nonlocal num_kept
+            num_kept = number
             if number:
-                print(f"xcit: {number:,} of {len(paths):,} images were done before.", file=sys.stderr)
+                print(f"xcit: {number:,} {of_all} {'was' if number == 1 else 'were'} done before.", file=sys.stderr)
             advance(number)
 
+        def on_kept(number: int) -> None:
+            nonlocal num_kept
+            num_kept += number
+
         def on_row(failed: Failed | None) -> None:
-            nonlocal num_done
-            num_done += failed is None
             advance(1)
 
         try:
-            done = embed_files(paths, extractor, path, overwrite=overwrite, on_row=on_row, on_reused=on_reused)
-        except KeyboardInterrupt:
-            print(
-                f"xcit: interrupted; {num_done:,} of {len(paths):,} images are done and kept. Repeat the command to go "
-                f"on.",
-                file=sys.stderr,
+            done = embed_files(
+                paths, extractor, path, overwrite=overwrite, on_row=on_row, on_reused=on_reused, on_kept=on_kept
             )
-            return INTERRUPTED
-        except XCiTError:
-            if num_done:
-                print(f"xcit: {num_done:,} of {len(paths):,} images are done and kept.", file=sys.stderr)
+        except (KeyboardInterrupt, XCiTError) as error:
+            kept = f"{num_kept:,} {of_all} {'is' if num_kept == 1 else 'are'} done and kept."
+            if isinstance(error, KeyboardInterrupt):
+                print(f"xcit: interrupted; {kept} Repeat the command to go on.", file=sys.stderr)
+                return INTERRUPTED
+            if num_kept:
+                print(f"xcit: {kept}", file=sys.stderr)
             raise
     inputs.tell_failed(done.failed, len(paths), f" {path}.errors.csv lists them.")
     if done.num_gone:
-        print(f"xcit: {done.num_gone:,} images whose files are gone were taken out.", file=sys.stderr)
-    print(f"{path}: {done.num_rows:,} images, {extractor.dim} numbers each ({model}, pool {pool}).")
+        what = (
+            "1 image whose file is gone was"
+            if done.num_gone == 1
+            else f"{done.num_gone:,} images whose files are gone were"
+        )
+        print(f"xcit: {what} taken out.", file=sys.stderr)
+    rows = inputs.counted(done.num_rows, "image")
+    print(f"{path}: {rows}, {extractor.dim} numbers each ({model}, pool {pool}).")
     return 1 if done.failed else 0

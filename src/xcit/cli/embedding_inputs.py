@@ -53,6 +53,34 @@ def check_numbers(**numbers: float | None) -> None:
         raise ConfigError("; ".join(problems) + ".")
 
 
+def refuse_idle_gem_p(gem_p: float | None, pool: str) -> None:
+    """Refuse an exponent that nothing would use; ``pool`` may name several with + between them."""
+    if gem_p is not None and "gem" not in pool.split("+"):
+        raise ConfigError(f"--gem-p is for --pool gem, and --pool is {pool}.")
+
+
+def require_some(paths: Sequence[Path]) -> None:
+    """Refuse, before a model is loaded, images none of which is there; of some, each is told when its turn comes.
+
+    Raises:
+        DataError: the message names the first.
+    """
+    if any(path.exists() for path in paths):
+        return
+    from xcit.data.images import open_image
+
+    try:
+        open_image(paths[0])
+    except DataError as error:
+        several = f"None of the {len(paths):,} images can be read. The first: " if len(paths) > 1 else ""
+        raise DataError(f"{several}{error}") from None
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s unless there is one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_scales(text: str) -> tuple[float, ...]:
     """Read ``1,0.7,0.5``; ``multi`` are DINO's scales."""
     if text == "multi":
@@ -95,7 +123,6 @@ def extractor_like(
         DataError: the file does not say enough of its settings.
     """
     from xcit.data.preprocess import Preprocessing
-    from xcit.inference.feature_file import Origin
 
     try:
         settings = origin.settings
@@ -111,14 +138,41 @@ def extractor_like(
     if model is None and not (os.path.isabs(noted) or os.path.exists(noted)):  # noqa: PTH110, PTH117 (a name, perhaps)
         elsewhere = Path(origin.folder, noted)
         model = str(elsewhere) if elsewhere.is_file() else None
-    extractor = open_extractor(model or noted, device=device, batch_size=batch_size, **options)
-    ours = Origin(extractor.fingerprint, extractor.settings, os.getcwd())  # noqa: PTH109 (text is wanted)
+    chosen = model or noted
+    try:
+        extractor = open_extractor(chosen, device=device, batch_size=batch_size, **options)
+    except ConfigError as error:
+        ours = _as_it_can(chosen, device, options)
+        if ours is None or ours.fingerprint == origin.fingerprint:
+            raise
+        raise ConfigError(_unlike(origin, ours, name)) from error
+    ours = _origin(extractor)
     if ours.fingerprint != origin.fingerprint:
-        raise ConfigError(
-            f"{origin.unlike(ours, name)} Their features cannot be compared: take the model that it was made with, or "
-            f"make it again."
-        )
+        raise ConfigError(_unlike(origin, ours, name))
     return extractor
+
+
+def _as_it_can(model: str, device: str, options: dict[str, Any]) -> Origin | None:
+    """Return what a model makes that cannot be used as asked: with its own preparation of images, then without more."""
+    for asked in ({**options, "preprocessing": None}, {"pool": "avg"}):
+        try:
+            return _origin(open_extractor(model, device=device, **asked))
+        except ConfigError:
+            continue
+    return None
+
+
+def _origin(extractor: FeatureExtractor) -> Origin:
+    from xcit.inference.feature_file import Origin
+
+    return Origin(extractor.fingerprint, extractor.settings, os.getcwd())  # noqa: PTH109 (text is wanted)
+
+
+def _unlike(origin: Origin, ours: Origin, name: str) -> str:
+    return (
+        f"{origin.unlike(ours, name)} Their features cannot be compared: take the model that it was made with, or make "
+        f"it again."
+    )
 
 
 def is_feature_file(source: str) -> bool:
@@ -138,7 +192,7 @@ def features_of(paths: Sequence[Path], extractor: FeatureExtractor, word: str) -
     import numpy as np
 
     from xcit.inference.embedding import Failed
-    from xcit.inference.feature_file import FeatureTable, Origin
+    from xcit.inference.feature_file import FeatureTable
 
     good: list[Path] = []
     vectors: list[np.ndarray] = []
@@ -151,23 +205,31 @@ def features_of(paths: Sequence[Path], extractor: FeatureExtractor, word: str) -
                 good.append(path)
                 vectors.append(features.vector)
             advance(1)
-    tell_failed(failed, len(paths))
+    if not good and len(failed) == 1:
+        raise DataError(printable(failed[0].error))
     if not good:
-        raise DataError(f"None of the {len(paths)} images can be read.")
+        _name(failed)
+        raise DataError(f"None of the {len(paths):,} images can be read.")
+    tell_failed(failed, len(paths))
     none = np.zeros(len(good), np.int64)
-    origin = Origin(extractor.fingerprint, extractor.settings, os.getcwd())  # noqa: PTH109 (text is wanted)
-    return FeatureTable(origin, [str(path) for path in good], np.stack(vectors), none, none), failed
+    return FeatureTable(_origin(extractor), [str(path) for path in good], np.stack(vectors), none, none), failed
 
 
 def tell_failed(failed: Sequence[Failed], total: int, where: str = "") -> None:
-    """Name broken images on stderr."""
-    for each in failed[:LISTED]:
-        print(f"xcit: {printable(each.error)}", file=sys.stderr)
+    """Name broken images on stderr, and say how many they are."""
+    _name(failed)
     if failed:
         more = f" The first {LISTED} are above." if len(failed) > LISTED else ""
         print(
-            f"xcit: {len(failed):,} of {total:,} images cannot be read and are left out.{more}{where}", file=sys.stderr
+            f"xcit: {len(failed):,} of {counted(total, 'image')} cannot be read and "
+            f"{'is' if len(failed) == 1 else 'are'} left out.{more}{where}",
+            file=sys.stderr,
         )
+
+
+def _name(failed: Sequence[Failed]) -> None:
+    for each in failed[:LISTED]:
+        print(f"xcit: {printable(each.error)}", file=sys.stderr)
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def index(
         from xcit.data.images import find_images
 
         paths = find_images([source])
+        inputs.require_some(paths)
         extractor = inputs.open_extractor(
             model,
             pool=pool,

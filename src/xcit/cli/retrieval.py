@@ -28,7 +28,7 @@ def retrieval(
         arg(metavar="token|avg|both|gem|token+gem", help_behavior_hint="(default: token; copydays: token+gem)"),
     ] = None,
     scales: Annotated[str, arg(metavar="X,X,...|multi")] = "1",
-    gem_p: Annotated[float, arg(metavar="P")] = 4.0,
+    gem_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="(default: 4)")] = None,
     image_size: Annotated[int | None, arg(metavar="PX", help_behavior_hint="(default: 224; copydays: 320)")] = None,
     whole_queries: Annotated[bool, FlagCreatePairsOff] = False,
     distractors: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None,
@@ -59,7 +59,7 @@ def retrieval(
         model: Who is judged: a released model's name, a checkpoint that xcit wrote, or hf-hub:owner/name.
         pool: The class token, the mean of the patch tokens, both, their generalised mean, or the class token and that.
         scales: Factors by which the image is resized; the features are averaged. multi is 1,0.707,0.5, as in DINO.
-        gem_p: Exponent of the generalised mean.
+        gem_p: For --pool gem and token+gem: exponent of the generalised mean.
         image_size: Longest side in pixels (Copydays: of the square).
         whole_queries: Do not crop the queries to their boxes, as DINO's published script does not.
         distractors: For Copydays: a folder of further images to search among.
@@ -80,6 +80,7 @@ def retrieval(
     json_file = writable(output, (".json",), "--output")
     size = image_size or IMAGE_SIZE[dataset]
     pooling = pool or ("token+gem" if dataset == COPYDAYS else "token")
+    inputs.refuse_idle_gem_p(gem_p, pooling)
 
     from xcit.evaluate.retrieval_sets import open_copydays, open_revisited
 

@@ -33,7 +33,8 @@ def search(
     `xcit search found/*.jpg --index photos.index --top-k 5 --output found.csv --sheet found.png`.
 
     FILE is what `xcit index` wrote. The model that made it is taken, and it is made sure that it is the very same: the
-    vectors of another would be compared in vain. Similarity is the cosine of the angle between two vectors, 1 at most.
+    vectors of another would be compared in vain. Similarity is the cosine of the angle between two vectors, 1 at most;
+    of images that are equally similar, such as exact copies, the one that was indexed first comes first.
 
     Exit status: 0 if every image was looked up, 1 if some could not be read, 2 if none could or for a mistake in the
     command, 130 after Ctrl-C.
@@ -61,6 +62,7 @@ def search(
     from xcit.inference.index import read_index
 
     paths = find_images(images)
+    inputs.require_some(paths)
     found = read_index(Path(index).expanduser())
     extractor = inputs.extractor_like(found.origin, index, model, device, batch_size)
     table, failed = inputs.features_of(paths, extractor, "looking")

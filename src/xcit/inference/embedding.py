@@ -55,11 +55,12 @@ class Embedded(NamedTuple):
 def embed_files(
     paths: Sequence[Path],
     extractor: FeatureExtractor,
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     on_row: Callable[[Failed | None], None] | None = None,
     on_reused: Callable[[int], None] | None = None,
+    on_kept: Callable[[int], None] | None = None,
 ) -> Embedded:
     """Compute the features of files and write them, taking over what an earlier run finished.
 
@@ -70,6 +71,7 @@ def embed_files(
         overwrite: drop what an earlier run with other settings or other images left there.
         on_row: called after each image that was computed, with what is wrong with it.
         on_reused: called once, before the first image, with how many need not be computed.
+        on_kept: called each time that finished rows were written, with how many: these outlive whatever happens next.
 
     Returns:
         What was done. The output holds the images that could be read, in the order of ``paths``; broken ones are
@@ -82,6 +84,7 @@ def embed_files(
         ExportError: no space, no permission, or the like. What was finished before is kept.
         KeyboardInterrupt: Ctrl-C; finished rows are kept for the next run.
     """
+    output = Path(output)
     if output.suffix.lower() not in ENDINGS:
         raise ConfigError(f"The output is {output}; its name must end in {' or '.join(ENDINGS)}.")
     if output.is_dir():
@@ -90,9 +93,10 @@ def embed_files(
     lock = output.with_name(f".{output.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()  # a place where no file can be made would look to the lock as if another held it
         with FileLock(lock, timeout=0):
             try:
-                return _Run(paths, extractor, output, origin, overwrite)(on_row, on_reused)
+                return _Run(paths, extractor, output, origin, overwrite)(on_row, on_reused, on_kept)
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout:
@@ -143,15 +147,21 @@ class _Run:
         others = [name for name in former.paths if former.origin.key(name) not in named]
         kept = [name for name in others if Path(former.origin.key(name)).exists()]
         if kept and not overwrite:
+            if len(kept) == 1:
+                what, they = f"an image that is not named now ({kept[0]})", "it"
+            else:
+                what, they = f"{len(kept):,} images that are not named now ({kept[0]}, ...)", "them"
             raise ConfigError(
-                f"{output} holds {len(kept)} images that are not named now ({kept[0]}, ...); name them too, or another "
-                f"file, or drop them with --overwrite."
+                f"{output} holds {what}; name {they} too, or another file, or drop {they} with --overwrite."
             )
         self.num_gone = len(others) - len(kept)
         return former
 
     def __call__(
-        self, on_row: Callable[[Failed | None], None] | None, on_reused: Callable[[int], None] | None
+        self,
+        on_row: Callable[[Failed | None], None] | None,
+        on_reused: Callable[[int], None] | None,
+        on_kept: Callable[[int], None] | None,
     ) -> Embedded:
         rows = np.empty((len(self.files), self.extractor.dim), np.float32)
         done = np.zeros(len(self.files), bool)
@@ -164,11 +174,13 @@ class _Run:
             on_reused(num_reused)
         missing = np.flatnonzero(~done).tolist()
         if missing:
-            self._compute(missing, rows, done, on_row)
+            self._compute(missing, rows, done, on_row, on_kept)
         if not done.any():
             shutil.rmtree(self.parts.folder, ignore_errors=True)
+            if len(self.failed) == self.num_images == 1:
+                raise DataError(self.failed[0].error)
             first = f" The first: {self.failed[0].error}" if self.failed else ""
-            raise DataError(f"None of the {self.num_images} images can be read.{first}")
+            raise DataError(f"None of the {self.num_images:,} images can be read.{first}")
         self._finish(rows, done, changed=former is None or not self._is_as(former, rows, done))
         return Embedded(int(done.sum()), num_reused, self.num_gone, self.failed)
 
@@ -193,10 +205,23 @@ class _Run:
         return np.array_equal(former.features, rows[done], equal_nan=True)
 
     def _compute(
-        self, missing: list[int], rows: np.ndarray, done: np.ndarray, on_row: Callable[[Failed | None], None] | None
+        self,
+        missing: list[int],
+        rows: np.ndarray,
+        done: np.ndarray,
+        on_row: Callable[[Failed | None], None] | None,
+        on_kept: Callable[[int], None] | None,
     ) -> None:
         self.parts.begin()
         waiting: list[int] = []
+
+        def keep() -> None:
+            self.parts.write(self._table(rows, waiting))
+            done[waiting] = True
+            if on_kept is not None:
+                on_kept(len(waiting))
+            waiting.clear()
+
         began = time.monotonic()
         stream = self.extractor.stream([Path(self.files[i][0]) for i in missing])
         try:
@@ -211,13 +236,11 @@ class _Run:
                 if on_row is not None:
                     on_row(failure)
                 if len(waiting) >= PART_ROWS or (waiting and time.monotonic() - began >= PART_SECONDS):
-                    self.parts.write(self._table(rows, waiting))
-                    done[waiting] = True
-                    waiting, began = [], time.monotonic()
+                    keep()
+                    began = time.monotonic()
         finally:  # Ctrl-C, or an error that is not of one image: what is finished is kept
             if waiting:
-                self.parts.write(self._table(rows, waiting))
-                done[waiting] = True
+                keep()
 
     def _table(self, rows: np.ndarray, chosen: Sequence[int]) -> FeatureTable:
         files = [self.files[i] for i in chosen]

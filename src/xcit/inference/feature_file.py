@@ -25,6 +25,8 @@ KEY = b"xcit"
 FORMAT = 1
 ROW_GROUP = 16384
 ENDINGS = (".parquet", ".npy", ".csv")
+_FOLLOWS = {"pool": ("dim", "gem_p"), "architecture": ("dim",)}
+"""Settings that differ because another one does."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Origin:
             other: what is to be compared with it.
             name: of the file that this made.
         """
-        keys = sorted({*self.settings, *other.settings} - {"model", "pool"})
+        keys = sorted({*self.settings, *other.settings} - {"model"})
         differing = [key for key in keys if self.settings.get(key) != other.settings.get(key)]
+        for cause, follows in _FOLLOWS.items():
+            if cause in differing:
+                differing = [key for key in differing if key not in follows]
         what = f"; they differ in {', '.join(differing)}" if differing else ""
         return f"{name} was made with {self.describe()}, not with {other.describe()}{what}."
 
@@ -120,7 +125,7 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(features / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
-def write_features(path: Path, table: FeatureTable) -> None:
+def write_features(path: str | os.PathLike[str], table: FeatureTable) -> None:
     """Write features whole or not at all, in the format that the file's ending names.
 
     ``.parquet`` as above. ``.npy`` holds the (n, dim) array alone; paths and origin stand beside it in a file of the
@@ -131,6 +136,7 @@ def write_features(path: Path, table: FeatureTable) -> None:
         BackendError: Parquet needs pyarrow, which is not installed.
         ExportError: no space, no permission, or the like.
     """
+    path = Path(path)
     ending = path.suffix.lower()
     if ending == ".parquet":
         _write_parquet(path, table)
@@ -184,13 +190,14 @@ def _write_parquet(path: Path, table: FeatureTable) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def read_features(path: Path) -> FeatureTable:
+def read_features(path: str | os.PathLike[str]) -> FeatureTable:
     """Read a Parquet file that ``write_features`` wrote.
 
     Raises:
         DataError: nothing there, not such a file, or a damaged one; the message names it.
         BackendError: pyarrow is not installed.
     """
+    path = Path(path)
     pa, pq = arrow()
     try:
         with path.open("rb") as file:

@@ -10,6 +10,10 @@ Vectors are brought to length 1, so that their inner product is the cosine of th
 How far the two approximate kinds look is raised when they are built until ``TARGET_RECALL`` of the true neighbours of a
 sample are found; what was reached is kept with the index and shown.
 
+Cosines that lie within ``TIE`` of the highest of them count as equal, and equally near images come in the order in
+which they were indexed, however many are asked for: of exact copies, the first is always found first. (An approximate
+index looks further for more results, and may then find nearer ones.)
+
 An index is one file: the word ``XCITINDX``, the length of a JSON header (8 bytes, little endian), the header, what
 faiss wrote, and the SHA-256 of all that.
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +54,9 @@ POINTS_A_LIST = 39
 """Least number of images a cell that k-means is trained with; faiss's own limit."""
 FEWEST_LISTS = 16
 TIE = 1e-6
-"""Cosines that differ by less, which rounding may, are equally near."""
+"""Cosines that differ by no more, which rounding may, are equally near."""
+SPARE = 8
+"""Results beyond those asked for, to see which are equally near; where all are, more are fetched."""
 
 
 class Recall(NamedTuple):
@@ -62,10 +69,10 @@ class Recall(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """Results of a search, nearest first; fewer than asked for if there are fewer images."""
+    """Results of a search, nearest first, equally near ones by position; fewer than asked for if there are fewer."""
 
     similarities: np.ndarray
-    """(queries, k) float32, cosines."""
+    """(queries, k) float32, cosines; equal where they differ by no more than ``TIE``."""
     positions: np.ndarray
     """(queries, k) int64, into ``ImageIndex.paths``; -1 where an approximate index found no more."""
 
@@ -138,10 +145,21 @@ class ImageIndex:
             raise ConfigError(f"top_k is {top_k}; it must be 1 or more.")
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ConfigError(f"The queries' shape is {features.shape}; the index takes (queries, {self.dim}).")
-        hits = _search(
-            self.searcher, self.kind, unit_rows(features), min(top_k, int(self.searcher.ntotal)), self.breadth
-        )
-        return hits if self.copies is None else self.copies.expand(hits, min(top_k, len(self)))
+        k = min(top_k, len(self))
+        return self._in_order(unit_rows(features), k, k + SPARE)
+
+    def _in_order(self, queries: np.ndarray, k: int, num_fetched: int) -> Hits:
+        """Return the k nearest, equally near ones by position, of at least so many that are fetched."""
+        num_fetched = min(num_fetched, len(self))
+        found = _search(self.searcher, self.kind, queries, min(num_fetched, int(self.searcher.ntotal)), self.breadth)
+        if self.copies is not None:
+            found = self.copies.expand(found, num_fetched)
+        hits, is_cut = _sorted(found, k)
+        if num_fetched < len(self):
+            for row in np.flatnonzero(is_cut):  # one by one, since they may be as many as the images
+                again = self._in_order(queries[row : row + 1], k, 4 * num_fetched)
+                hits.similarities[row], hits.positions[row] = again.similarities[0], again.positions[0]
+        return hits
 
     def check_origin(self, other: Origin, name: str) -> None:
         """Refuse queries that another extractor made.
@@ -267,15 +285,30 @@ def _search(searcher: Any, kind: str, queries: np.ndarray, k: int, breadth: int)
     return Hits(similarities, positions)
 
 
+def _sorted(found: Hits, k: int) -> tuple[Hits, np.ndarray]:
+    """Return the first k with equally near ones by position, and where such might be missing beyond the last column."""
+    similarities = found.similarities.copy()
+    for column in range(1, similarities.shape[1]):
+        before, here = similarities[:, column - 1], similarities[:, column]
+        similarities[:, column] = np.where(here >= before - TIE, before, here)
+    nothing = found.positions < 0
+    places = np.where(nothing, np.iinfo(np.int64).max, found.positions)
+    order = np.lexsort((places, -similarities), axis=1)[:, :k]
+    is_cut = (similarities[:, -1] == similarities[:, k - 1]) & ~nothing[:, -1]
+    hits = Hits(np.take_along_axis(similarities, order, 1), np.take_along_axis(found.positions, order, 1))
+    return hits, is_cut
+
+
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def save_index(path: Path, index: ImageIndex) -> None:
+def save_index(path: str | os.PathLike[str], index: ImageIndex) -> None:
     """Write an index whole or not at all.
 
     Raises:
         ExportError: no space, no permission, or the like.
     """
+    path = Path(path)
     faiss = _faiss()
     about = {
         "format": FORMAT,
@@ -297,16 +330,16 @@ def save_index(path: Path, index: ImageIndex) -> None:
         file.write(digest.digest())
 
 
-def is_index(path: Path) -> bool:
+def is_index(path: str | os.PathLike[str]) -> bool:
     """Tell by its first bytes whether a file is an index, damaged or not; one that cannot be read is none."""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
 
 
-def read_index(path: Path) -> ImageIndex:
+def read_index(path: str | os.PathLike[str]) -> ImageIndex:
     """Read what ``save_index`` wrote, after its checksum was found right.
 
     The checksum tells damage, not malice: as with any program that faiss is part of, open indexes of people you trust.
@@ -315,6 +348,7 @@ def read_index(path: Path) -> ImageIndex:
         DataError: nothing there, not an index, or a truncated or damaged one; the message names it.
         BackendError: faiss is not installed.
     """
+    path = Path(path)
     faiss = _faiss()
     try:
         data = path.read_bytes()

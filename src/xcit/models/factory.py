@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xcit.errors import CheckpointError, ConfigError
+from xcit.errors import CheckpointError, ConfigError, UnknownNameError
 from xcit.models.adapt import change_classes, change_in_chans
 from xcit.models.download import is_url
 from xcit.models.timm_models import from_timm as from_timm
@@ -62,7 +62,7 @@ def create_model(
         UnknownNameError: no such name; the message has the nearest ones.
         ConfigError: unknown overrides, values that ``XCiT`` refuses, a released detector, which
             ``xcit.models.detectors.create_detector`` builds, or a segmenter, which this version does not.
-        CheckpointError: the weights cannot be had or do not fit.
+        CheckpointError: the weights cannot be had or do not fit; a folder, or a file that is no checkpoint by its name.
     """
     check_overrides(overrides)
     name = os.fspath(name)
@@ -72,7 +72,7 @@ def create_model(
         file = _self_described(name)
         return with_weights(file.config or {}, file, num_classes, in_chans, overrides)
 
-    architecture, released = find(name)
+    architecture, released = _known(name)
     if released and released.task not in _BUILDS:
         if released.task == "detection":
             raise ConfigError(f"{name} is a detector; create_detector({name!r}, ...) builds it.")
@@ -108,6 +108,25 @@ def check_overrides(overrides: dict[str, Any]) -> None:
         sentences.append(f"XCiT has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
     if sentences:
         raise ConfigError(" ".join(sorted(sentences)) + f" Its options are {', '.join(_OPTIONS)}.")
+
+
+def _known(name: str) -> tuple[Architecture, Checkpoint | None]:
+    """Look a name up in the zoo; say what a file or folder of that name is not, where there is one."""
+    try:
+        return find(name)
+    except UnknownNameError:
+        there = Path(name)
+        if there.is_dir():
+            raise CheckpointError(
+                f"{name} is a folder, and neither the name of a model nor a checkpoint; name a file, such as "
+                f"{there / 'model.safetensors'}."
+            ) from None
+        if there.exists():
+            raise CheckpointError(
+                f"{name} is a file, but not named as a checkpoint ({', '.join(_SUFFIXES)}), and no model is called so; "
+                f"if it is one, write .{os.sep}{name}."
+            ) from None
+        raise
 
 
 def _is_file(name: str) -> bool:
