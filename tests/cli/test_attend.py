@@ -1,6 +1,7 @@
 """`xcit attend` on real files: what is written, what it is called, how it ends."""
 
 import json
+import re
 import signal
 from contextlib import contextmanager
 from fractions import Fraction
@@ -129,11 +130,75 @@ def test_results_that_are_there_are_replaced_only_if_asked(capsys, tmp_path):
     assert (tmp_path / "x_overlay.png").read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize("head", ["mean", "1", "all"])
+def test_results_that_are_there_are_found_before_the_model_is_loaded(capsys, tmp_path, monkeypatch, head):
+    monkeypatch.setattr("xcit.inference.attention_viewer.create_model", lambda *_, **__: pytest.fail("loaded"))
+    end = {"mean": "", "1": "_head1", "all": "_head0"}[head]
+    (tmp_path / f"x_overlay{end}.png").write_bytes(b"mine")
+    status, err = run(capsys, "one/x.png", "--out", tmp_path, "--head", head)
+    assert status == 2
+    assert f"x_overlay{end}.png is there already" in err[0]
+
+
+def test_of_all_heads_the_last_is_looked_for_too(capsys, tmp_path):
+    (tmp_path / "x_mask_head3.png").write_bytes(b"mine")
+    status, err = run(capsys, "one/x.png", "--out", tmp_path, "--head", "all", "--kind", "mask")
+    assert status == 2
+    assert "x_mask_head3.png is there already" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out", "folder"),
+    [
+        (["photos"], "photos", "photos"),
+        (["one", "photos"], "photos/sub/looks", "photos"),
+        (["./photos/../photos"], "photos/looks", "photos/../photos"),
+        (["phot*"], "photos/looks", "photos"),
+        (["."], "looks", "."),
+    ],
+)
+def test_results_do_not_go_where_they_would_be_inputs(capsys, place, inputs, out, folder):
+    before = names(place)
+    status, err = run(capsys, *inputs, "--out", out)
+    assert status == 2
+    assert len(err) == 1
+    assert err[0].startswith(f"xcit: --out is {out}, where the results would be inputs the next time")
+    assert f"all of {folder} is looked at" in err[0]
+    assert names(place) == before
+
+
+def test_results_may_go_beside_a_named_file_and_beside_a_folder(capsys, tmp_path):
+    for name in ("in/x.png", "in2/x.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name)
+    assert run(capsys, tmp_path / "in/x.png", "--out", tmp_path / "in") == (0, [])
+    assert run(capsys, tmp_path / "in", "--out", tmp_path / "in2") == (0, [])
+
+
+def test_a_folder_without_anything_to_look_at(capsys, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    status, err = run(capsys, tmp_path, "--out", tmp_path.parent / "nowhere")
+    assert status == 2
+    assert len(err) == 1
+    assert "neither image nor video" in err[0]
+    assert ".png" in err[0]
+    assert ".mp4" in err[0]
+
+
+@pytest.mark.parametrize("basis", ["each", "common"])
+def test_a_basis_is_for_images(capsys, tmp_path, basis):
+    status, err = run(capsys, "clip.mp4", "--out", tmp_path, "--kind", "pca", "--basis", basis)
+    assert status == 2
+    assert "--basis is for images" in err[0]
+    assert run(capsys, "clip.mp4", "one/x.png", "--out", tmp_path, "--kind", "pca", "--basis", basis) == (0, [])
+
+
 def test_an_input_is_never_replaced(capsys, tmp_path):
     for name in ("x.png", "x_mask.png"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / name)
     before = (tmp_path / "x_mask.png").read_bytes()
-    status, err = run(capsys, tmp_path, "--out", tmp_path, "--kind", "mask", "--overwrite")
+    inputs = [tmp_path / "x.png", tmp_path / "x_mask.png"]
+    status, err = run(capsys, *inputs, "--out", tmp_path, "--kind", "mask", "--overwrite")
     assert status == 2
     assert "is an input" in err[0]
     assert (tmp_path / "x_mask.png").read_bytes() == before
@@ -212,10 +277,21 @@ def test_a_truncated_video_gives_what_it_holds(capsys, tmp_path):
         assert 3 < len(list(video)) < 30
 
 
+def test_of_a_truncated_video_whose_index_is_at_its_end_comes_nothing(capsys, tmp_path, place):
+    data = (place / "clip.mp4").read_bytes()
+    assert data.index(b"mdat") < data.index(b"moov")
+    (tmp_path / "cut.mp4").write_bytes(data[: data.index(b"moov") - 8])
+    status, err = run(capsys, tmp_path / "cut.mp4", "--out", tmp_path / "o")
+    assert status == 2
+    assert "cut.mp4" in err[0]
+    assert not (tmp_path / "o").exists()
+
+
 def test_what_is_no_video_is_refused(capsys, tmp_path):
-    (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "text.mp4").write_text("no video")
-    status, err = run(capsys, tmp_path, "--out", tmp_path / "o")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/empty.mp4").write_bytes(b"")
+    (tmp_path / "in/text.mp4").write_text("no video")
+    status, err = run(capsys, tmp_path / "in", "--out", tmp_path / "o")
     assert status == 2
     assert "empty.mp4: is empty" in err[0]
     assert "text.mp4: is not a video" in err[1]
@@ -227,16 +303,17 @@ def test_what_is_no_video_is_refused(capsys, tmp_path):
     [
         (["--kind", "overlays"], "Did you mean 'overlay'"),
         (["--kind", ","], "--kind is empty"),
-        (["--layer", "3"], "(--layer 1 to 2)"),
+        (["--layer", "3"], "--layer is 3; the model's class-attention layers are 1 to 2"),
         (["--layer", "0"], "counted from 1"),
-        (["--head", "4"], "heads are 0 to 3"),
+        (["--head", "4"], "--head is 4; the model's heads are 0 to 3"),
         (["--head", "first"], "mean, all or a head's number"),
         (["--keep", "0", "--kind", "mask"], "--keep is 0"),
         (["--keep", "0.5"], "--keep is for mask only"),
         (["--opacity", "2"], "--opacity is 2"),
         (["--opacity", "0.5", "--kind", "raw"], "--opacity is for"),
         (["--size", "big"], "--size is 'big'"),
-        (["--size", "4"], "at least one patch"),
+        (["--size", "4"], "--size is 4; it must be at least one patch"),
+        (["--size", "32x4"], "--size is 32x4; it must be at least one patch"),
         (["--foreground"], "--foreground is for pca only"),
     ],
 )
@@ -298,3 +375,55 @@ def test_ctrl_c_keeps_the_images_that_are_done(capsys, tmp_path, monkeypatch):
         ["xcit: interrupted; 1 of 3 were done and are kept."],
     )
     assert names(tmp_path) == ["one/x_overlay.png"]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _little(monkeypatch):
+    """There are 8 MiB of memory."""
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: 8 * 2**20)
+
+
+@pytest.mark.usefixtures("_little")
+@pytest.mark.parametrize("kind", ["overlay", "raw", "pca", "xca", "overlay,mask,heads,raw,xca,pca"])
+@pytest.mark.parametrize("size", ["20000", "20000x9000"])
+def test_what_does_not_fit_is_refused_with_the_size_that_does(capsys, tmp_path, kind, size):
+    status, err = run(capsys, "one/x.png", "--out", tmp_path, "--kind", kind, "--size", size)
+    assert status == 2
+    assert names(tmp_path) == []
+    said = re.fullmatch(
+        r"xcit: one/x\.png: would take about [\d.,]+ GiB of memory on cpu, where 8 MiB are free, to be looked at with "
+        r"20000 x (\d+) px; the largest size that fits is about --size (\d+)(x\d+)?\.",
+        err[0],
+    )
+    assert said, err
+    assert bool(said[3]) == ("x" in size)
+    fits = f"{said[2]}{said[3] or ''}"
+    assert run(capsys, "one/x.png", "--out", tmp_path, "--kind", kind, "--size", fits) == (0, [])
+    more = "x".join(str(int(1.1 * int(side)) + 16) for side in fits.split("x"))
+    status, err = run(capsys, "one/x.png", "--out", tmp_path / "2", "--kind", kind, "--size", more)
+    assert status == 2
+    assert "the largest size that fits is about --size" in err[0]
+
+
+@pytest.mark.parametrize(("kind", "available"), [("raw", 40), ("overlay", 400)])
+def test_a_large_image_does_not_fit_at_its_own_size(capsys, tmp_path, monkeypatch, kind, available):
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: available * 2**20)
+    Image.new("RGB", (3000, 2000)).save(tmp_path / "large.png")
+    options = ["--kind", kind, "--size", "original"]
+    status, err = run(capsys, tmp_path / "large.png", "one/x.png", "--out", tmp_path / "o", *options)
+    assert status == 1  # the small one is done
+    assert "large.png: would take about" in err[0]
+    said = re.search(r"looked at with 2000 x 3000 px; the largest size that fits is about --size (\d+)\.", err[0])
+    assert said, err[0]
+    assert 100 < int(said[1]) < 2000
+    assert len(names(tmp_path / "o")) == (2 if kind == "raw" else 1)
+
+
+def test_nothing_fits(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: 100)
+    status, err = run(capsys, "one/x.png", "--out", tmp_path, "--size", "500")
+    assert status == 2
+    assert "not even the smallest size fits" in err[0]

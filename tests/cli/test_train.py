@@ -368,3 +368,39 @@ def test_stopped_as_it_is_typed_and_gone_on_with(colours, tmp_path, capsys, monk
     finally:
         torch.set_num_threads(threads)
     assert_same_weights(root, whole)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_the_other_processes_get_the_arguments_that_this_call_got(colours, tmp_path, monkeypatch):
+    """Not those of the program that calls ``main``; and they mean the same settings."""
+    asked = []
+    monkeypatch.setattr(
+        "xcit.recipes.launch.launch", lambda arguments, processes: asked.append((arguments, processes)) or 0
+    )
+    monkeypatch.setattr(sys, "argv", ["notebook", "--of", "somebody"])
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "a run"
+    single = [*SMALL, "augment.mixup=0", "augment.cutmix=0"]
+    given = ["finetune", "--data", str(colours), *TINY, "--lr", "1e-05", "--devices", "2", "--out", str(out)]
+    assert main(["train", *given, "--set", *single]) == 0
+    ((arguments, processes),) = asked
+    assert (arguments[:3], processes) == (["-m", "xcit.cli.main", "train"], 2)
+    assert main([*arguments[2:], "--overwrite"]) == 0
+    assert asked[1][0] != arguments  # --overwrite is handed on
+    assert "--overwrite" in asked[1][0]
+    calls = []
+    monkeypatch.setattr(verb, "execute", lambda config, run, console, command: calls.append((config, run.root)) or 0)
+    for words in (given, asked[1][0][3:]):
+        words = [word for word in words if word != "--overwrite"]
+        assert main(["train", *words, *([] if "--set" in words else ["--set", *single]), "--overwrite"]) == 0
+    assert calls[0] == calls[1]
+    assert calls[0][0].optim.lr == 1e-05
+
+
+def test_a_run_that_is_gone_on_with_in_several_processes(tmp_path):
+    assert verb._command(None, {"device": "cpu", "batch_size": 8}, ["log.csv=true"], None, False, tmp_path) == [
+        "train", "--device", "cpu", "--batch-size", "8", "--resume", str(tmp_path), "--set", "log.csv=true"
+    ]  # fmt: skip

@@ -1,13 +1,14 @@
 """Counted costs against the arithmetic by hand, and against tensors that really hold memory."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from xcit.errors import ShapeError
-from xcit.inference.costs import count_costs, time_forward
+from xcit.inference.costs import count_costs, peak_bytes, time_forward
 from xcit.models.xcit import XCiT
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -92,6 +93,19 @@ def test_memory_for_inference_of_a_known_chain(monkeypatch):
     gc.collect()
     assert memory.peak == 7 * 2**20
     assert memory.live == 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_peak_of_any_function_of_a_real_model(dtype):
+    """As counted of the model without its values; twice as much in float64, and in proportion to batch and pixels."""
+    model = XCiT(**SMALL, attn_form="covariance").eval().to(dtype)
+    of = partial(peak_bytes, model, dtype=dtype, device=torch.device("cpu"))
+    small, large = of((1, 3, 512, 512)), of((2, 3, 1024, 2048))
+    expected = count_costs(SMALL, (512, 512), "covariance").inference_bytes
+    assert small == pytest.approx(expected * (2 if dtype == torch.float64 else 1), rel=0.02)
+    assert large == pytest.approx(16 * small, rel=0.02)
+    assert of((1, 3, 32_000, 32_000)) > 2**34  # nothing of the kind is allocated
+    assert all(type(p) is torch.nn.Parameter and p.device.type == "cpu" for p in model.parameters())
 
 
 def test_large_images_cost_no_time_and_no_memory():

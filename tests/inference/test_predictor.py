@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from xcit.data.preprocess import Preprocessing
 from xcit.errors import BackendError, CheckpointError, ConfigError, DataError, UnknownNameError
 from xcit.inference import devices
 from xcit.inference.devices import choose_device
+from xcit.inference.features import FeatureExtractor
 from xcit.inference.predictor import Label, Prediction, Predictor
 from xcit.inference.stream import DECODERS
 from xcit.models.weights import save_checkpoint
@@ -360,6 +363,71 @@ def test_out_of_memory_names_what_fits(model, monkeypatch, max_pixels, message):
     with pytest.raises(ConfigError, match=message) as error:
         predict([Image.new("RGB", (9, 9))] * 8)
     assert error.value.__context__ is None  # it would keep the memory of the failed batch
+
+
+def free(monkeypatch, num_bytes):
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: num_bytes)
+
+
+def test_an_image_size_without_the_memory_for_it_is_refused_before_anything_is_read(model, monkeypatch):
+    """20000 x 20000 px would be killed by the system, without a word."""
+    free(monkeypatch, 8 * 2**20)
+    monkeypatch.setattr("xcit.inference.stream.open_image", lambda *_: pytest.fail("read"))
+    with pytest.raises(
+        ConfigError,
+        match=r"^One image of 20000 x 20000 px would take about [\d.]+ GiB of memory on cpu, where 8 MiB are free: use "
+        r"image_size=\d+ \(--image-size\) or less\.$",
+    ) as error:
+        Predictor(model, image_size=20000)("cat.jpg")
+    fits = int(re.search(r"image_size=(\d+)", str(error.value))[1])
+    image = Image.new("RGB", (9, 9))
+    assert Predictor(model, image_size=fits)(image)[0].error is None
+    with pytest.raises(ConfigError, match="would take"):
+        Predictor(model, image_size=fits + 16)(image)
+    with pytest.raises(ConfigError, match=r"One image of 20000 x 9984 px .* use image_size=\(\d+, \d+\)"):
+        Predictor(model, image_size=(20000, 9984))(image)
+    free(monkeypatch, 1000)
+    with pytest.raises(ConfigError, match="not even one patch would fit"):
+        Predictor(model)(image)
+
+
+def test_a_batch_without_the_memory_for_it_is_refused_with_one_that_fits(model, monkeypatch):
+    image = Image.new("RGB", (9, 9))
+    free(monkeypatch, 2**20)
+    with pytest.raises(
+        ConfigError, match=r"^500 images of 32 x 32 px at once would take .* use batch_size=\d+"
+    ) as error:
+        Predictor(model, batch_size=500)([image] * 600)
+    fits = int(re.search(r"batch_size=(\d+)", str(error.value))[1])
+    assert 1 < fits < 500
+    assert len(Predictor(model, batch_size=fits)([image] * 600)) == 600
+    assert len(Predictor(model, batch_size=500)([image] * fits)) == fits  # fewer images than a batch
+
+
+def test_a_feature_extractors_scales_count(monkeypatch):
+    torch.manual_seed(0)
+    model = XCiT(embed_dim=32, depth=1, num_heads=4)
+    extract = partial(FeatureExtractor, model, preprocessing=Preprocessing((64, 64)))
+    free(monkeypatch, 64 * 64 * 2048)  # ample for the image as it is, not for one of 64 times as many pixels
+    assert extract()(Image.new("RGB", (9, 9))).shape == (1, 32)
+    with pytest.raises(ConfigError, match="One image of 64 x 64 px would take"):
+        extract(scales=(1.0, 8.0))(Image.new("RGB", (9, 9)))
+
+
+def test_a_compiled_model_is_counted_as_it_is(model, monkeypatch):
+    free(monkeypatch, 8 * 2**20)
+    with pytest.raises(ConfigError, match="One image of 8000 x 8000 px would take"):
+        Predictor(torch.compile(model), image_size=8000)("cat.jpg")
+
+
+def test_large_images_are_prepared_one_by_one(model, monkeypatch):
+    monkeypatch.setattr("xcit.inference.stream.PIXELS_AHEAD", 32 * 32 - 1)
+    taken = itertools.count()
+    stream = Predictor(model, batch_size=1).stream(Image.new("RGB", (9, 9)) for _ in iter(lambda: next(taken), -1))
+    for i in range(5):
+        next(stream)
+        assert next(taken) == 2 * i + 1  # this question counts as well
+    stream.close()
 
 
 def test_what_came_before_the_memory_ran_out_is_kept(model, monkeypatch):

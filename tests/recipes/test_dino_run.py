@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +16,19 @@ from PIL import Image
 from rich.console import Console
 
 import xcit
+from xcit.cli.train import show_result
 from xcit.errors import ConfigError, DataError
 from xcit.models.dino_files import load_dino
+from xcit.recipes import dino_report
 from xcit.recipes.config_file import read_config
 from xcit.recipes.dino import RELEASED, dino_vissl
-from xcit.recipes.dino_job import DinoJob
+from xcit.recipes.dino_job import COUNSEL, DinoJob
+from xcit.recipes.dino_report import DinoRecord, _key_figures, write_dino_report
 from xcit.recipes.registry import RECIPES, find_recipe
-from xcit.recipes.run_folder import new_run, open_run
+from xcit.recipes.run_folder import RunFolder, new_run, open_run
 from xcit.recipes.settings import check_config, override, write_config
 from xcit.recipes.train import train
-from xcit.tasks.dino import DinoTask
+from xcit.tasks.dino import FLAT, SHARP, DinoTask
 
 sys.path.insert(0, str(Path(__file__).parent))
 import dino_runs
@@ -118,6 +122,7 @@ def test_a_killed_run_ends_bitwise_the_same(finished, tmp_path, monkeypatch, ste
     assert runs.log_lines(run) == runs.log_lines(whole)
     for name, value in runs.weights(whole.model).items():
         assert torch.equal(value, runs.weights(run.model)[name]), name
+    assert run.model.read_bytes() == whole.model.read_bytes()
 
 
 def images_in(folder, num, size=(20, 14), start=0):
@@ -140,7 +145,7 @@ def test_a_folder_without_labels_is_learned_from(tmp_path, capsys):
     run = new_run(tmp_path / "run")
     result = train(with_data(tmp_path / "d"), run)
     assert result.knn is None
-    assert result.collapse in (None, "the output is uniform", "all images get the same output")
+    assert result.collapse is None  # after one epoch nobody knows
     assert "knn_accuracy" not in json.loads(run.metrics.read_text())["epochs"][0]
     assert "train,broken.png" in run.skipped.read_text()
     assert run.neighbours.exists()
@@ -278,11 +283,122 @@ def test_a_collapsed_run_is_named(tmp_path, caplog):
     run = new_run(tmp_path / "run")
     with caplog.at_level(logging.WARNING, "xcit"):
         result = train(override(TINY, flat), run)
-    assert result.collapse == "the output is uniform"
+    assert result.collapse == FLAT == "all images get the same output, a flat one"
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
-    assert warnings[0].startswith("The run tiny_dino has collapsed: the output is uniform (teacher entropy 3.1")
-    assert json.loads(run.metrics.read_text())["collapse"] == "the output is uniform"
+    assert warnings[0].startswith(
+        "The run tiny_dino has collapsed: all images get the same output, a flat one (teacher entropy 3.1"
+    )
+    assert warnings[0].endswith(f"Stop it, and {COUNSEL[FLAT]}.")
+    assert json.loads(run.metrics.read_text())["collapse"] == FLAT
+
+
+def rows_of(*telling, spread=3.0):
+    return [
+        {"epoch": float(i), "teacher_spread": spread, "teacher_entropy": spread - nats}
+        for i, nats in enumerate(telling, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("telling", "collapsed_at"),
+    [
+        ((0.5, 0.5, 0.5, 0.01), []),  # the last epoch alone
+        ((0.0, 0.0, 0.0), []),  # the first two are of the warm-up
+        ((0.0, 0.0, 0.0, 0.5), []),
+        ((0.0, 0.0, 0.0, 0.0), [4]),
+        ((0.5, 0.5, 0.01, 0.5, 0.01, 0.02, 0.03), [6, 7]),
+        ((0.5, 0.5, 0.01, 0.02, 0.5, 0.01, 0.01), [4, 7]),
+    ],
+)
+def test_one_rule_tells_what_has_collapsed(monkeypatch, caplog, telling, collapsed_at):
+    """The warning, what the run comes to and its report: two epochs in a row after the warm-up."""
+    job = DinoJob(override(TINY, {"epochs": 20, "optim.warmup_epochs": 2, "probe.every": 0}))
+    rows = rows_of(*telling)
+    assert [i for i in range(1, len(rows) + 1) if job.collapse(rows[:i])] == collapsed_at
+    monkeypatch.setattr(DinoTask, "global_rank", 0)
+    for row in rows:
+        monkeypatch.setattr(DinoTask, "current_epoch", int(row["epoch"]) - 1)
+        with caplog.at_level(logging.WARNING, "xcit"):
+            job.task.look({name: value for name, value in row.items() if name != "epoch"})
+    assert len(caplog.records) == len([i for i in collapsed_at if i - 1 not in collapsed_at])
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_a_run_that_is_gone_on_with_remembers_what_it_saw(tmp_path, monkeypatch, caplog):
+    """Killed between the first silent epoch and the second, it warns after the second; killed later, not again."""
+    flat = override(TINY, {"teacher.temp": 1.0, "teacher.warmup_temp": 1.0, "teacher.warmup_temp_epochs": 0})
+    run = new_run(tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "xcit"):
+        kill_at(monkeypatch, run, STEPS + 1, flat)
+        assert not caplog.records
+        kill_at(monkeypatch, open_run(run.root), 2 * STEPS + 1, flat)
+        assert len(caplog.records) == 1
+        result = train(flat, open_run(run.root))
+    assert len(caplog.records) == 1
+    assert result.collapse == FLAT
+
+
+@pytest.mark.parametrize("probed", [True, False])
+def test_the_closing_line_says_what_to_change(finished, probed):
+    run, result, _ = finished
+    console = Console(file=io.StringIO(), width=200)
+    for collapse in (FLAT, SHARP, None):
+        show_result(replace(result, collapse=collapse, knn=result.knn if probed else None), run, console)
+        said = console.file.getvalue()
+        console.file.truncate(0)
+        assert ("collapsed" in said) == bool(collapse)
+        if collapse:
+            assert f"collapsed: {collapse}; " in said
+            assert f"Next time, {COUNSEL[collapse]}." in said
+            assert ("the probe above" in said) == probed
+        assert "of little use" not in said
+
+
+@pytest.mark.parametrize(
+    ("telling", "collapse", "state"),
+    [
+        ((0.5, 0.01), None, "0.01 nats what .* next to nothing, in too few epochs to call it collapsed"),
+        ((0.01, 0.01), FLAT, "collapsed: all images get the same output, a flat one"),
+        ((0.01, 0.5), None, "0.50 nats what .* not collapsed"),
+    ],
+)
+def test_the_report_says_the_same(finished, tmp_path, telling, collapse, state):
+    run, result, _ = finished
+    row = json.loads(run.metrics.read_text())["epochs"][-1]
+    history = [row | more for more in rows_of(*telling)]
+    job = DinoJob(TINY)
+    record = DinoRecord(TINY, history, result.knn, collapse, result.environment, job.data, job.preprocessing)
+    figures = " ".join(f"{figure.value} {figure.label}" for figure in _key_figures(record))
+    assert re.search(state, figures)
+
+
+def test_pictures_of_the_report_name_what_they_show(finished, tmp_path, monkeypatch):
+    """Heads as --head counts them; neighbours with their rank, similarity and class."""
+    run, result, _ = finished
+    titles, sheets = [], []
+    figure, sheet = dino_report.examples_figure, dino_report.contact_sheet
+    monkeypatch.setattr(
+        dino_report, "examples_figure", lambda e, names, **more: titles.append(names) or figure(e, names, **more)
+    )
+    monkeypatch.setattr(dino_report, "contact_sheet", lambda rows, title: sheets.append(rows) or sheet(rows, title))
+    job = DinoJob(TINY)
+    history = json.loads(run.metrics.read_text())["epochs"]
+    record = DinoRecord(TINY, history, result.knn, None, result.environment, job.data, job.preprocessing)
+    model = xcit.create_model(str(run.model)).eval()
+    write_dino_report(record, RunFolder(tmp_path), model)
+    assert titles == [["image", "all heads", "head 0", "head 1"]]
+    assert len(sheets) == 1
+    assert len(sheets[0]) == 8
+    for row in sheets[0]:
+        assert re.fullmatch(r"class \d", row.lead.caption)
+        assert [cell.caption[0] for cell in row.cells] == list("123456")
+        similarities = [float(cell.caption[1:]) for cell in row.cells]
+        assert similarities == sorted(similarities, reverse=True)
+        assert all(re.fullmatch(r"class \d", cell.name) for cell in row.cells)
+        assert [cell.right for cell in row.cells] == [cell.name == row.lead.caption for cell in row.cells]
+    with Image.open(tmp_path / "neighbours.png") as drawn:
+        drawn.load()
 
 
 def test_released_models_have_recipes():

@@ -273,6 +273,19 @@ class Peer(nn.Module):
         raise AssertionError("the report needs no forward pass of a model without attention")
 
 
+def test_heads_are_counted_as_the_command_line_counts_them(tmp_path, monkeypatch):
+    titles = []
+    draw = run_report.examples_figure
+    monkeypatch.setattr(
+        run_report, "examples_figure", lambda e, names, **more: titles.append(names) or draw(e, names, **more)
+    )
+    images = image_set(np.arange(12) % 3, ("a", "b", "c"))
+    logits = logits_for(images)
+    metrics = classification_metrics(logits, torch.from_numpy(images.labels), images.class_names)
+    write_report(record_of(images, metrics), RunFolder(tmp_path), xcit_for(images), images, logits)
+    assert titles[-1] == ["image", "all heads", "head 0", "head 1"]
+
+
 @pytest.mark.parametrize("kind", ["peer", "avg_pool"])
 def test_without_class_attention_there_is_none_shown(tmp_path, kind):
     images = image_set(np.arange(12) % 3, ("a", "b", "c"))

@@ -37,6 +37,22 @@ def test_pictures_stand_where_they_belong(colours):
     assert centre(sheet, 1, 2) == (255, 255, 255)
 
 
+def test_pictures_in_memory_and_the_colour_of_names(colours):
+    """The same as from a file; a name says by its colour whether it is right."""
+    picture = Image.new("RGB", (60, 60), "red")
+    cells = [Cell(picture, "1", "####", right) for right in (True, False, None)]
+    sheet = contact_sheet([Row(cell(colours, "red"), cells)], "")
+    assert [centre(sheet, 0, i) for i in range(4)] == [COLOURS["red"]] * 4
+    inks = []
+    for i in range(3):
+        x, y = MARGIN + GAP + (i + 1) * STEP, TOP + BOX + 5 + LINE - 2
+        pixels = np.array(sheet.crop((x, y, x + BOX, y + LINE)))
+        inks.append(pixels.reshape(-1, 3)[pixels.sum(axis=2).argmin()].argmax())
+        if i == 2:
+            assert np.ptp(pixels.reshape(-1, 3)[pixels.sum(axis=2).argmin()].astype(int)) < 40  # grey
+    assert inks[:2] == [1, 0]
+
+
 def test_long_rows_go_on_below(colours):
     sheet = contact_sheet([Row(cell(colours, "red"), [cell(colours, "lime")] * (FOLD + 1))], "")
     assert sheet.height == 2 * MARGIN + 2 * LINE + 2 * HEIGHT

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xcit.errors import BackendError, ConfigError, DataError, UnknownNameError
 
 if TYPE_CHECKING:
-    from xcit.inference.attention_viewer import AttentionViewer, Head
+    from xcit.inference.attention_names import Head
+    from xcit.inference.attention_viewer import AttentionViewer
     from xcit.inference.whole_image import Size
 
 USES = {
@@ -75,6 +76,8 @@ def attend(
     Of a video come MP4 files instead of PNG, every frame at its time, upright, without sound; an odd height or width
     becomes even by a second last row or column; raw holds every frame, xca the first.
 
+    What would not fit into memory is refused before it is begun, with the largest --size that would.
+
     A file that cannot be read costs one line on stderr, not the run. After Ctrl-C what was done is kept, of a video the
     frames up to there.
 
@@ -84,7 +87,7 @@ def attend(
     Args:
         inputs: Images, videos, folders of both (searched to any depth) and quoted patterns such as 'photos/**/*.jpg'.
         model: Who looks; see above.
-        out: Folder for the results. Inputs from several folders keep these below it.
+        out: Folder for the results, not in one of the inputs. Inputs from several folders keep these below it.
         kind: What to make, several with commas between.
         layer: Which class-attention layer, from 1.
         head: What overlays and masks show: the heads' mean, every head (a file each), or one head, from 0.
@@ -93,7 +96,8 @@ def attend(
         size: At which size the model sees: original (whatever it is), the shorter side, or height and width.
         side_by_side: Put the image to the left of its overlay, mask or feature colours.
         foreground: Draw the feature colours of the foreground alone.
-        basis: Feature colours mean the same in all images, or are each image's own. A video always has its own.
+        basis: Feature colours mean the same in all images, or are each image's own. A video always has its own, so that
+            this is for images only.
         overwrite: Replace results that are there already.
         device: Where to run (cuda:1 is the second card). auto takes the first there is of cuda, mps and cpu.
     """
@@ -116,13 +120,16 @@ def attend(
         raise ConfigError(f"--keep is {keep}; it must be more than 0 and at most 1.")
     if opacity is not None and not 0 <= opacity <= 1:
         raise ConfigError(f"--opacity is {opacity}; it must be between 0 and 1.")
-    settings: dict[str, Any] = {"kinds": kinds, "size": _size(size), "device": device, "foreground": foreground}
-    settings |= {"beside": side_by_side, "layer": -1 if layer is None else layer - 1, "head": _head(head)}
-    settings |= {"keep": 0.6 if keep is None else keep, "opacity": 0.75 if opacity is None else opacity}
+    wanted_head, wanted_size = _head(head), _size(size)
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out is {out}, which is a file; name a folder.")
     images, videos = _find(inputs)
+    if basis is not None and not images:
+        raise ConfigError("--basis is for images, and all inputs are videos, each of which has a basis of its own.")
+    _refuse_among_inputs(folder, inputs)
+    outputs = _Outputs(images, videos, folder, kinds, overwrite)
+    outputs.check([wanted_head] if isinstance(wanted_head, int) else [0] if wanted_head == "all" else [None])
 
     import warnings
 
@@ -132,45 +139,60 @@ def attend(
 
     # Pillow warns from 89 million pixels on and refuses twice as many: the refusal is what we report.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    viewer = AttentionViewer(model, **settings)
-    return _Run(viewer, images, videos, folder, overwrite, basis != "each").execute()
+    viewer = AttentionViewer(
+        model,
+        kinds=kinds,
+        keep=0.6 if keep is None else keep,
+        opacity=0.75 if opacity is None else opacity,
+        beside=side_by_side,
+        foreground=foreground,
+        device=device,
+    )
+    _choose(viewer, layer, wanted_head, wanted_size)
+    outputs.check(viewer.heads)
+    return _Run(viewer, outputs, basis != "each").execute()
+
+
+class _Outputs:
+    """The inputs of one command, and what becomes of each."""
+
+    def __init__(
+        self, images: Sequence[Path], videos: Sequence[Path], out: Path, kinds: Sequence[str], overwrite: bool
+    ) -> None:
+        from xcit.inference.attention_names import output_stems
+
+        self.images, self.videos, self.kinds, self.overwrite = images, videos, kinds, overwrite
+        stems = output_stems([*images, *videos], out)
+        self.stems = dict(zip([*images, *videos], stems, strict=True))
+
+    def check(self, heads: Sequence[int | None]) -> None:
+        """Refuse what would replace a file.
+
+        Args:
+            heads: of which overlays and masks will be; None stands for their mean.
+        """
+        from xcit.inference.attention_names import file_ends
+
+        inputs = {path.resolve() for path in self.stems}
+        videos = set(self.videos)
+        for path, stem in self.stems.items():
+            for end in file_ends(self.kinds, heads, ".mp4" if path in videos else ".png"):
+                target = stem.with_name(stem.name + end)
+                if not target.exists():
+                    continue
+                if target.resolve() in inputs:
+                    raise ConfigError(f"{target} would be replaced, and is an input; name another --out.")
+                if not self.overwrite:
+                    raise ConfigError(f"{target} is there already; name another --out, or replace it with --overwrite.")
 
 
 class _Run:
     """All inputs of one command, one after the other."""
 
-    def __init__(
-        self,
-        viewer: AttentionViewer,
-        images: Sequence[Path],
-        videos: Sequence[Path],
-        out: Path,
-        overwrite: bool,
-        common_basis: bool,
-    ) -> None:
-        from xcit.inference.attention_files import output_stems
-
-        self.viewer, self.images, self.videos = viewer, images, videos
-        self.common_basis = common_basis
-        stems = output_stems([*images, *videos], out)
-        self.stems = dict(zip([*images, *videos], stems, strict=True))
-        self._check_outputs(overwrite)
+    def __init__(self, viewer: AttentionViewer, outputs: _Outputs, common_basis: bool) -> None:
+        self.viewer, self.common_basis = viewer, common_basis
+        self.images, self.videos, self.stems = outputs.images, outputs.videos, outputs.stems
         self.num_done = self.num_failed = self.num_partial = 0
-
-    def _check_outputs(self, overwrite: bool) -> None:
-        """Refuse before the first image what would replace a file."""
-        from xcit.inference.attention_files import output_paths
-
-        inputs = {path.resolve() for path in self.stems}
-        videos = set(self.videos)
-        for path, stem in self.stems.items():
-            for target in output_paths(self.viewer, stem, video=path in videos):
-                if not target.exists():
-                    continue
-                if target.resolve() in inputs:
-                    raise ConfigError(f"{target} would be replaced, and is an input; name another --out.")
-                if not overwrite:
-                    raise ConfigError(f"{target} is there already; name another --out, or replace it with --overwrite.")
 
     def execute(self) -> int:
         """Look at everything and return the exit status."""
@@ -234,8 +256,8 @@ def _find(inputs: list[str]) -> tuple[list[Path], list[Path]]:
         DataError: there are none of either where one was named.
         BackendError: there are videos, and PyAV is missing.
     """
-    from xcit.data.images import find_images
-    from xcit.data.video_files import find_videos, is_video
+    from xcit.data.images import EXTENSIONS, find_images
+    from xcit.data.video_files import VIDEO_EXTENSIONS, find_videos, is_video
 
     found: dict[Path, None] = {}
     if not inputs:
@@ -245,7 +267,12 @@ def _find(inputs: list[str]) -> tuple[list[Path], list[Path]]:
         videos = find_videos(folder) if folder.is_dir() else []
         try:
             found |= dict.fromkeys(find_images([name]))
-        except DataError:
+        except DataError as error:
+            if not videos and "holds no image" in str(error):
+                raise DataError(
+                    f"The folder {name!r} holds neither image nor video (hidden files aside): none of its files ends "
+                    f"in {', '.join(EXTENSIONS)}, nor in {', '.join(VIDEO_EXTENSIONS)}."
+                ) from None
             if not videos:
                 raise
         found |= dict.fromkeys(videos)
@@ -255,8 +282,41 @@ def _find(inputs: list[str]) -> tuple[list[Path], list[Path]]:
     return [path for path in found if not is_video(path)], films
 
 
+def _refuse_among_inputs(out: Path, inputs: list[str]) -> None:
+    """Refuse a folder for results whose files the same command would take for inputs the next time."""
+    import glob
+
+    for name in inputs:
+        source = Path(name).expanduser()
+        matches = [source] if source.exists() else [Path(match) for match in glob.glob(str(source), recursive=True)]  # noqa: PTH207 (takes absolute ones)
+        for folder in matches:
+            if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(
+                    f"--out is {out}, where the results would be inputs the next time, since all of {folder} is looked "
+                    f"at; name a folder outside of it."
+                )
+
+
+def _choose(viewer: AttentionViewer, layer: int | None, head: Head, size: Size) -> None:
+    """Set what depends on the model, or say in the words of the command line what the model lacks."""
+    from dataclasses import replace
+
+    if layer is not None and layer > viewer.num_layers:
+        raise ConfigError(f"--layer is {layer}; the model's class-attention layers are 1 to {viewer.num_layers}.")
+    if isinstance(head, int) and head >= viewer.num_heads:
+        raise ConfigError(f"--head is {head}; the model's heads are 0 to {viewer.num_heads - 1}, or mean, or all.")
+    if isinstance(size, (int, tuple)):
+        sides = (size,) if isinstance(size, int) else size
+        patch = viewer.whole.patch_size
+        if min(sides) < patch:
+            shown = "x".join(map(str, sides))
+            raise ConfigError(f"--size is {shown}; it must be at least one patch of the model, which is {patch} px.")
+    viewer.choose(-1 if layer is None else layer - 1, head)
+    viewer.whole = replace(viewer.whole, size=size)
+
+
 def _kinds(text: str) -> list[str]:
-    from xcit.inference.attention_viewer import KINDS
+    from xcit.inference.attention_names import KINDS
 
     kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
     for kind in kinds:

@@ -17,6 +17,7 @@ from xcit.errors import BackendError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from xcit.recipes.detection_job import DetectionResult
     from xcit.recipes.dino_job import DinoResult
     from xcit.recipes.run_folder import RunFolder
     from xcit.recipes.settings import RunConfig
@@ -43,7 +44,10 @@ FLAGS = {
     "precision": "compute.precision",
 }
 """Flags and the settings that they are short for."""
-FLAGS_OF_TASK: dict[str, dict[str, str]] = {"dino": {"image_size": "crops.global_size", "teacher": ""}}
+FLAGS_OF_TASK: dict[str, dict[str, str]] = {
+    "dino": {"image_size": "crops.global_size", "teacher": ""},
+    "detection": {"teacher": ""},
+}
 """Where they mean another setting, or "" none."""
 WHILE_RESUMING = ("compute.", "log.")
 """Settings that may change when a run is gone on with."""
@@ -131,7 +135,7 @@ def train(
         return _dry_run(config, console)
     if run is None:
         run = _folder(config, out, overwrite)
-    return execute(config, run, console, sys.argv[1:])
+    return execute(config, run, console, _command(recipe, given, set, out, overwrite, resume))
 
 
 def execute(config: RunConfig, run: RunFolder, console: Console, command: Sequence[str]) -> int:
@@ -178,6 +182,9 @@ def show_result(metrics: Any, run: RunFolder, console: Console) -> None:
     if hasattr(metrics, "collapse"):
         _show_dino(metrics, run, console)
         return
+    if hasattr(metrics, "figures"):
+        _show_detection(metrics, run, console)
+        return
     part = "test" if "test" in json.loads(run.metrics.read_text(encoding="utf-8")) else "validation"
     kind = "held-out" if part == "test" else "validation"
     if hasattr(metrics, "accuracy_interval"):
@@ -217,8 +224,12 @@ def _show_dino(result: DinoResult, run: RunFolder, console: Console) -> None:
         text = f"[bold]{result.figures['epoch']:.0f} epochs, loss {result.figures['train_loss']:.3f}[/bold]"
     console.print(f"\n{text}", soft_wrap=True)
     if result.collapse:
+        from xcit.recipes.dino_job import COUNSEL
+
+        judge = "the features are worth what the probe above says" if result.knn else "xcit probe judges the features"
         console.print(
-            f"  [yellow]collapsed: {result.collapse}; the features are of little use[/yellow]", soft_wrap=True
+            f"  [yellow]collapsed: {result.collapse}; {judge}. Next time, {COUNSEL[result.collapse]}.[/yellow]",
+            soft_wrap=True,
         )
     model = _quoted(run.model)
     for what, value in (
@@ -229,6 +240,35 @@ def _show_dino(result: DinoResult, run: RunFolder, console: Console) -> None:
         console.print(f"  [dim]{what:<8}[/dim]{escape(value)}", soft_wrap=True)
     if run.skipped.exists():
         console.print(f"  [dim]{'skipped':<8}[/dim]some images could not be decoded: {run.skipped}", soft_wrap=True)
+
+
+def _show_detection(result: DetectionResult, run: RunFolder, console: Console) -> None:
+    """Print COCO's figures of a run of detection."""
+    from rich.markup import escape
+
+    from xcit.recipes.detection_report import percent
+
+    kind = "held-out" if result.part == "test" else "validation"
+    console.print()
+    for name, words in (("bbox", "boxes"), ("segm", "masks")):
+        found = result.figures.get(name)  # type: ignore[call-overload]
+        if found is not None:
+            console.print(
+                f"[bold]{words}: AP {percent(found.ap)}, AP50 {percent(found.ap50)}[/bold] on {result.num_images:,} "
+                f"{kind} images",
+                soft_wrap=True,
+            )
+    if result.part == "validation":
+        console.print(
+            "  [dim]the epoch was chosen on these images; data with a test part gives a fair figure[/dim]",
+            soft_wrap=True,
+        )
+    model = _quoted(run.model)
+    facts = [("report", str(run.report)), ("try it", f"xcit detect IMAGE --model {model} --out found")]
+    if run.skipped.exists():
+        facts.append(("skipped", f"some images could not be decoded: {run.skipped}"))
+    for what, value in facts:
+        console.print(f"  [dim]{what:<8}[/dim]{escape(value)}", soft_wrap=True)
 
 
 def require_train_extra() -> None:
@@ -279,7 +319,7 @@ def _configured(recipe: str, given: dict[str, Any], settings: Sequence[str]) -> 
     changes = _changes(config.task, given, settings)
     if changes.get("distill.kind") == OWN and isinstance(config, TrainConfig):
         changes["distill.kind"] = "hard" if config.distill.kind == "none" else config.distill.kind
-    if "data.root" in changes and config.data.format == "digits":
+    if "data.root" in changes and getattr(config.data, "format", "") == "digits":
         changes.setdefault("data.format", "auto")
     if not is_file and isinstance(changes.get("epochs"), int) and 0 < changes["epochs"] < config.epochs:
         # A shorter run rises in the same share of its time.
@@ -291,6 +331,24 @@ def _configured(recipe: str, given: dict[str, Any], settings: Sequence[str]) -> 
     if "distill.teacher" in changes and isinstance(config, TrainConfig) and config.distill.kind == "none":
         raise ConfigError("A teacher is named, but distill.kind is none; set it to hard or soft, or name no teacher.")
     return config
+
+
+def _command(
+    recipe: str | None,
+    given: dict[str, Any],
+    settings: Sequence[str],
+    out: Path | None,
+    overwrite: bool,
+    resume: Path | None,
+) -> list[str]:
+    """Return the command line that means the same, for the other processes: this one may not have come from one."""
+    words = ["train", *([] if recipe is None else [recipe])]
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, path in (("--out", out), ("--resume", resume)):
+        words += [] if path is None else [name, str(path)]
+    words += ["--overwrite"] if overwrite else []
+    return [*words, *(["--set", *settings] if settings else [])]
 
 
 def _resumed(

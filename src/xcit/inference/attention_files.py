@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,35 +45,6 @@ class WrittenVideo(NamedTuple):
     """What was wrong with the file that was read, in one sentence."""
     has_sound: bool
     """It has sound, which is not in what was written."""
-
-
-def output_stems(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Return, for each input, what its outputs' names begin with, no two alike even where case does not count.
-
-    Below ``out`` stands what the inputs do not share of their folders: of ``a/x.png`` and ``b/x.png`` come ``a/x`` and
-    ``b/x``, of one folder's images ``x``. Of ``x.png`` and ``x.jpg`` in one folder come ``x.png`` and ``x.jpg``.
-    """
-    whole = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 (links stay apart)
-    shared = os.path.commonpath([path.parent for path in whole])
-    inner = [path.relative_to(shared) for path in whole]
-    stems = [str(path.with_suffix("")).casefold() for path in inner]
-    named = [path.with_suffix("") if stems.count(stem) == 1 else path for path, stem in zip(inner, stems, strict=True)]
-    taken: set[str] = set()
-    unique = []
-    for path in named:
-        each = next(
-            candidate
-            for candidate in itertools.chain([path], (path.with_name(f"{path.name}_{i}") for i in itertools.count(2)))
-            if str(candidate).casefold() not in taken
-        )
-        taken.add(str(each).casefold())
-        unique.append(out / each)
-    return unique
-
-
-def output_paths(viewer: AttentionViewer, stem: Path, *, video: bool = False) -> list[Path]:
-    """Return the files that will be written of one input."""
-    return [stem.with_name(stem.name + end) for end in viewer.names(".mp4" if video else ".png")]
 
 
 def write_image(viewer: AttentionViewer, path: Path, stem: Path) -> list[Path]:

@@ -28,7 +28,9 @@ from torch import nn
 from xcit.data.preprocess import Preprocessing
 from xcit.errors import ConfigError, DataError, UnknownNameError
 from xcit.inference.attention_maps import ClassAttention, channel_attention, class_attention, mass_mask, overlay
+from xcit.inference.attention_names import KINDS, Head, file_ends, head_end
 from xcit.inference.attention_pictures import channels_sheet, colours_picture, heads_sheet, mask_picture, side_by_side
+from xcit.inference.attention_room import ViewerRoom
 from xcit.inference.devices import choose_device, is_out_of_memory
 from xcit.inference.feature_pca import FeatureBasis, feature_colours, fit_basis, patch_features
 from xcit.inference.whole_image import Size, WholeImage
@@ -36,11 +38,7 @@ from xcit.models.factory import create_model
 from xcit.models.weights import bare
 from xcit.models.xcit import XCiT
 
-KINDS = ("overlay", "mask", "heads", "raw", "xca", "pca")
 OF_CLASS_ATTENTION = frozenset(("overlay", "mask", "heads", "raw"))
-
-Head = str | int
-"""Which map an overlay or a mask shows: "mean", "all" (one picture a head) or a head's number, from 0."""
 
 
 class Looked(NamedTuple):
@@ -122,50 +120,61 @@ class AttentionViewer:
         )
         self.basis: FeatureBasis | None = None
         """Of the feature colours; None for one of each image's own."""
-        self.layer, self.heads = self._check_attention(layer, head)
-
-    def _check_attention(self, layer: int, head: Head) -> tuple[int, list[int | None]]:
-        """Return the layer counted from 0 and the heads to show, None standing for their mean."""
-        if not OF_CLASS_ATTENTION & set(self.kinds):
-            return layer, [None]
-        num_layers = len(self.model.cls_attn_blocks)
-        if not num_layers:
+        self._room = ViewerRoom(found, self.kinds)
+        if OF_CLASS_ATTENTION & set(self.kinds) and not self.num_layers:
             raise ConfigError(
                 "The model has no class attention to look at (variant avg_pool); xca and pca are what it has."
             )
-        if not -num_layers <= layer < num_layers:
+        self.layer = layer
+        self.heads: list[int | None] = [None]
+        self.choose(layer, head)
+
+    @property
+    def num_layers(self) -> int:
+        """Class-attention layers of the model."""
+        return len(self.model.cls_attn_blocks)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of each."""
+        return self.model.config["num_heads"]
+
+    def choose(self, layer: int = -1, head: Head = "mean") -> None:
+        """Look at another layer and other heads; without a kind that shows class attention nothing changes.
+
+        Args:
+            layer: of the class-attention layers, from 0; -1 is the last.
+            head: what overlays and masks show.
+
+        Raises:
+            ConfigError: the model has no such layer or head.
+        """
+        if not OF_CLASS_ATTENTION & set(self.kinds):
+            return
+        if not -self.num_layers <= layer < self.num_layers:
             raise ConfigError(
-                f"layer is {layer}, counted from 0; the model has {num_layers} class-attention layers "
-                f"(--layer 1 to {num_layers})."
+                f"layer is {layer}; the model's class-attention layers are 0 to {self.num_layers - 1}, or "
+                f"-{self.num_layers} to -1."
             )
-        num_heads = self.model.config["num_heads"]
         if head == "mean":
-            return layer % num_layers, [None]
-        if head == "all":
-            return layer % num_layers, list(range(num_heads))
-        if isinstance(head, int) and 0 <= head < num_heads:
-            return layer % num_layers, [head]
-        raise ConfigError(f"head is {head}; the model's heads are 0 to {num_heads - 1}, or mean, or all.")
+            heads: list[int | None] = [None]
+        elif head == "all":
+            heads = list(range(self.num_heads))
+        elif isinstance(head, int) and 0 <= head < self.num_heads:
+            heads = [head]
+        else:
+            raise ConfigError(f"head is {head}; the model's heads are 0 to {self.num_heads - 1}, or mean, or all.")
+        self.layer, self.heads = layer % self.num_layers, heads
 
     # --- names --------------------------------------------------------------------------------------------------------
 
     def maps(self) -> dict[str, int | None]:
         """Return the ends of overlays' and masks' names ("" or "_head3") and the head of each; None is the mean."""
-        return {"" if head is None else f"_head{head}": head for head in self.heads}
+        return {head_end(head): head for head in self.heads}
 
     def names(self, picture: str = ".png") -> list[str]:
         """Return the ends of the names of all files of one image, or of a video, whose pictures end in another way."""
-        found = []
-        for kind in self.kinds:
-            if kind in ("overlay", "mask"):
-                found += [f"_{kind}{end}{picture}" for end in self.maps()]
-            elif kind == "raw":
-                found += ["_attention.npy", "_attention.json"]
-            elif kind == "xca":
-                found += ["_xca.png", "_xca.npy"]
-            else:
-                found.append(f"_{kind}{picture}")
-        return found
+        return file_ends(self.kinds, self.heads, picture)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -177,6 +186,7 @@ class AttentionViewer:
             CheckpointError: attention or features are not finite.
         """
         seen = self.whole.seen_size(images[0].height, images[0].width)
+        self._room.check(self.whole, images[0].height, images[0].width, len(images))
         with _memory(seen):
             batch = torch.stack([self.whole(image) for image in images])
             attention = None
@@ -194,6 +204,7 @@ class AttentionViewer:
 
     def features(self, image: Image.Image) -> Float[np.ndarray, "rows columns channels"]:
         """Return one image's patch features, for ``fit_basis``."""
+        self._room.check(self.whole, image.height, image.width)
         with _memory(self.whole.seen_size(image.height, image.width)):
             return patch_features(self.model, self.whole(image)[None])[0]
 
@@ -245,6 +256,7 @@ class AttentionViewer:
 
     def channels(self, image: Image.Image) -> list[np.ndarray]:
         """Return XCA's matrices of one image: of each block (heads, d, d)."""
+        self._room.check(self.whole, image.height, image.width)
         with _memory(self.whole.seen_size(image.height, image.width)):
             return [matrix[0] for matrix in channel_attention(self.model, self.whole(image)[None])]
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,6 +77,30 @@ def count_model_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> Co
                 model(image)
         saved = _saved_bytes(model.train(), image)
     return Costs(flops.get_total_flops() // 2, memory.peak, saved)
+
+
+def peak_bytes(
+    function: Callable[[Tensor], object], shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Count the most that tensors other than the weights take at once while a function runs, its images included.
+
+    Nothing of that size is allocated. For images of many patches it grows in proportion to their pixels. Measured with
+    XCiT-N12/16 and S12/8 on 2048 x 3072 to 4096 x 4096 px, a CPU process grew by 1.01 to 1.03 times as much.
+
+    Args:
+        function: images to whatever; what is compiled in it runs as it is.
+        shape: (batch, chans, height, width).
+        dtype: of the model.
+        device: of the model.
+    """
+    # Only where something was compiled is the compiler loaded already, which takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    as_it_is = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), as_it_is, FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.empty(shape, dtype=dtype, device=device)
+        with _LiveBytes(images) as memory:
+            function(images)
+    return memory.peak
 
 
 def time_forward(model: nn.Module, image: Tensor, *, seconds: float = 3.0, max_runs: int = 20) -> float:

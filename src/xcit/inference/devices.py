@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -70,6 +72,73 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return how much memory can still be had on a device; None where that cannot be told.
+
+    Of the CPU it is what the system could free without swapping, and where the process is under a limit of its own
+    (a container's, a batch job's) not more than is left of that. On CUDA, what PyTorch holds without using it counts.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    found = [n for n in (_system_bytes(), *_group_bytes()) if n is not None]
+    return min(found) if found else None
+
+
+def _system_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        pass
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):  # macOS tells how much there is, not how much of it is free
+        try:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            continue
+    return None
+
+
+def _group_bytes(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Return what is left of each limit on the memory of the process's control groups, of either version."""
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return []
+    found = []
+    for _, kinds, name in (line for line in lines if len(line) == 3):
+        if kinds == "":
+            top, limit, used, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in kinds.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        inside = top / name.lstrip("/")
+        for group in (inside, *inside.parents):  # in a container the name may be that of the machine outside
+            if not group.is_relative_to(top):
+                break
+            try:
+                most = (group / limit).read_text(encoding="ascii").strip()
+                if most == "max":
+                    continue
+                statistics = dict(
+                    line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
+                )
+                taken = int((group / used).read_text(encoding="ascii")) - int(statistics.get(cached, 0))
+                found.append(max(0, int(most) - taken))
+            except (OSError, ValueError):
+                continue
+    return found
+
+
+def bytes_text(num_bytes: float) -> str:
+    """Return an amount of memory for a sentence, such as "12.3 GiB" or "340 MiB"."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

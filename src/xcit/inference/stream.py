@@ -6,10 +6,11 @@ order, carries broken ones along with the reason, and says what would fit when t
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from xcit.data.images import array_to_image, check_channels, find_images, open_i
 from xcit.data.preprocess import Preprocessing
 from xcit.errors import CheckpointError, ConfigError, DataError
 from xcit.inference.devices import choose_device, is_out_of_memory
+from xcit.inference.room import Room
 from xcit.models.factory import create_model
 from xcit.models.weights import bare
 from xcit.models.xcit import XCiT
@@ -34,6 +36,9 @@ Source = str | os.PathLike[str] | Image.Image | np.ndarray
 
 PIXELS_A_BATCH = 32 * 224 * 224
 """Where no batch size is given, as many images go into a batch as have this many pixels together."""
+
+PIXELS_AHEAD = 4 * PIXELS_A_BATCH
+"""Images that are prepared beyond the next batch have so many pixels together at most; of larger ones none is."""
 
 DECODERS = min(8, os.cpu_count() or 1)
 """Threads that read and prepare images while the model runs."""
@@ -66,6 +71,9 @@ class ImageStream(ABC):
         BackendError: the device is not available here.
     """
 
+    scales: Sequence[float] = (1.0,)
+    """In multiples of the image's size, those at which the model sees it."""
+
     def __init__(
         self,
         model: str | os.PathLike[str] | nn.Module,
@@ -96,6 +104,7 @@ class ImageStream(ABC):
                 f"The preprocessing makes images of {self.preprocessing.in_chans} channels; the model takes {in_chans}."
             )
         self.batch_size = batch_size or max(1, PIXELS_A_BATCH // (H * W))
+        self._room = Room(xcit)
 
     # --- what a subclass says -----------------------------------------------------------------------------------------
 
@@ -118,7 +127,10 @@ class ImageStream(ABC):
         """Yield batches in order: some items, and the rows of those among them that have a tensor."""
         waiting: list[Item] = []
         num_tensors = 0
-        for item in _ahead(self._prepare, _each(images), self.batch_size + DECODERS):
+        self._check_room(1)  # before the first is read
+        H, W = self.preprocessing.image_size
+        ahead = min(DECODERS, PIXELS_AHEAD // (H * W))
+        for item in _ahead(self._prepare, _each(images), self.batch_size + ahead if ahead else 0):
             waiting.append(item)
             num_tensors += item.tensor is not None
             if num_tensors == self.batch_size:
@@ -126,6 +138,30 @@ class ImageStream(ABC):
                 waiting, num_tensors = [], 0
         if waiting:
             yield waiting, self._forward(waiting)
+
+    def _check_room(self, num_images: int) -> None:
+        """Refuse what the memory would not hold: a system that is asked for too much does not say so, it kills.
+
+        Raises:
+            ConfigError: with how much it would take, how much there is, and what would fit.
+        """
+        size, chans = self.preprocessing.image_size, self.preprocessing.in_chans
+        lack = self._room.lack(self._compute, num_images, chans, size, enlarged=max(1.0, *self.scales) ** 2)
+        if lack is None:
+            return
+        H, W = size
+        images = f"One image of {H} x {W} px" if num_images == 1 else f"{num_images} images of {H} x {W} px at once"
+        takes = f"{images} would take {lack}"
+        fit = math.floor(num_images * lack.available / lack.needed)
+        if fit:
+            raise ConfigError(f"{takes}: use batch_size={fit} (--batch-size) or less.")
+        patch = bare(self.model).config["patch_size"]
+        scale = math.sqrt(num_images * lack.available / lack.needed)
+        H, W = (math.floor(side * scale) // patch * patch for side in size)
+        if min(H, W) < patch:
+            raise ConfigError(f"{takes}, and not even one patch would fit. Use a smaller model or another device.")
+        fits = H if H == W else (H, W)
+        raise ConfigError(f"{takes}: use image_size={fits} (--image-size) or less.")
 
     def _prepare(self, source: tuple[int, Source]) -> Item:
         index, image = source
@@ -147,6 +183,7 @@ class ImageStream(ABC):
         if not tensors:
             return torch.empty(0, self._width)
         try:
+            self._check_room(len(tensors))
             return self._run(torch.stack(tensors))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -5,6 +5,7 @@ A file is judged by its first bytes, not by its name. Nothing in it can run: pic
 """
 
 import argparse
+import json
 import pickle
 import re
 import zipfile
@@ -188,6 +189,8 @@ def _refused_names(path: Path, message: str) -> list[str]:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata so that ``path`` holds either all of it or what it held before.
 
+    The same tensors and metadata give the same bytes.
+
     Args:
         path: where to; its folder is made if need be.
         tensors: on any device, of any dtype; they are stored as they are.
@@ -197,8 +200,20 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         CheckpointError: no space, no permission, or the like. No partial file is left behind.
     """
     contiguous = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    data = safetensors.torch.save(contiguous, metadata=dict(metadata))
+    data = _in_order(safetensors.torch.save(contiguous, metadata=dict(metadata)))
     try:
         write_atomic(path, data)
     except ExportError as err:
         raise CheckpointError(str(err)) from err
+
+
+def _in_order(data: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted by name: their order is another in each process."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    if "__metadata__" not in header:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # where the tensors begin
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,15 @@ from xcit.recipes.job import Fact, Job, Share
 from xcit.recipes.provenance import environment
 from xcit.recipes.run_folder import RunFolder
 from xcit.recipes.settings import check_config
-from xcit.tasks.dino import DinoSchedule, DinoTask
+from xcit.tasks.dino import FLAT, SHARP, DinoSchedule, DinoTask
 
 PATIENT_EPOCHS = 2
-"""Epochs in a row, after the warm-up, in which the teacher tells nothing apart before a warning is given."""
+"""Epochs in a row, after the warm-up, in which the teacher tells nothing apart before a run counts as collapsed."""
 COUNSEL = {
-    "all images get the same output": "raise teacher.temp, or lower optim.lr or teacher.center_momentum",
-    "the output is uniform": "lower teacher.temp and teacher.warmup_temp, or optim.lr",
+    SHARP: "raise teacher.temp, or lower optim.lr or teacher.center_momentum",
+    FLAT: "lower teacher.temp and teacher.warmup_temp, or optim.lr",
 }
+"""What to change, by how the outputs have collapsed."""
 
 _log = logging.getLogger("xcit")
 
@@ -56,7 +57,8 @@ class DinoResult:
     Attributes:
         figures: of the last epoch.
         knn: the probe with each published number of neighbours; None where the data has no labels.
-        collapse: how the teacher's outputs have collapsed; None if they have not.
+        collapse: how the teacher's outputs had collapsed when the run ended (``DinoJob.collapse``); None if they had
+            not.
         environment: versions and machine.
         k: the number of neighbours that was settled on beforehand (probe.k).
     """
@@ -157,7 +159,6 @@ class DinoJob(Job):
             center_momentum=config.teacher.center_momentum,
         )
         self.task.look = self._look
-        self._silent_epochs = 0
 
     # --- what the run asks of it -------------------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class DinoJob(Job):
         if probe is not None and self.config.probe.every:
             ks = dict.fromkeys((*KS, self.config.probe.k))
             knn = self._probe(model, sorted(ks))
-        result = DinoResult(figures, knn, task.collapse(figures), environment(device), self.config.probe.k)
+        result = DinoResult(figures, knn, self.collapse(keeper.history), environment(device), self.config.probe.k)
         skipped = skipped_images(keeper.skipped, self.images)
         record = DinoRecord(
             config=self.config,
@@ -279,12 +280,26 @@ class DinoJob(Job):
             num_workers=self.workers,
         )
 
-    def _watch(self, epoch: int, figures: Mapping[str, float]) -> None:
+    def collapse(self, history: Sequence[Mapping[str, float]]) -> str | None:
+        """Say how a run has collapsed; None if it has not.
+
+        It has if the teacher told less than ``TELLING`` nats about which image is which in each of the last
+        ``PATIENT_EPOCHS`` epochs, all of them after the warm-up and after the last layer was frozen.
+
+        Args:
+            history: a row an epoch, up to now; the last ones suffice.
+        """
         schedule = self.task.schedule
         begun = max(schedule.warmup_steps, self.task.freeze_last_layer_steps) / schedule.steps_per_epoch
-        kind = self.task.collapse(figures) if epoch > begun else None
-        self._silent_epochs = self._silent_epochs + 1 if kind else 0
-        if kind and self._silent_epochs == PATIENT_EPOCHS and self.task.global_rank == 0:
+        last = [row for row in history[-PATIENT_EPOCHS:] if row["epoch"] > begun]
+        kinds = [self.task.collapse(row) for row in last]
+        return kinds[-1] if len(kinds) == PATIENT_EPOCHS and all(kinds) else None
+
+    def _watch(self, epoch: int, figures: Mapping[str, float]) -> None:
+        before = self.task.recent[-PATIENT_EPOCHS:]
+        self.task.recent = recent = [*before, {"epoch": float(epoch), **figures}]
+        kind = self.collapse(recent)
+        if kind and not self.collapse(before) and self.task.global_rank == 0:
             _log.warning(
                 "The run %s has collapsed: %s (teacher entropy %.3f of at most %.3f nats, of the mean output %.3f). "
                 "Stop it, and %s.",

@@ -24,10 +24,12 @@ from xcit.recipes.report_pictures import Shown
 from xcit.recipes.run_folder import RunFolder
 from xcit.recipes.run_report import MAX_FOLDED, MAX_HEADS, picture, saved
 from xcit.recipes.settings import to_yaml
+from xcit.report.contact_sheet import Cell, Row, contact_sheet, sheet_png
 from xcit.report.curves import distillation_figure, pace_figure
 from xcit.report.html import Block, Code, KeyFigure, Prose, Section, Table, html_page
 from xcit.report.overlays import Example, examples_figure
-from xcit.report.style import drawable, png, shorten
+from xcit.report.style import png
+from xcit.tasks.dino import TELLING
 
 MAX_EMBEDDED = 5_000
 """Images among which those most alike are looked for, spread evenly through the set."""
@@ -35,8 +37,6 @@ NUM_QUERIES = 8
 NUM_NEIGHBOURS = 6
 NUM_OF_HEADS = 4
 """Images of which each head is shown."""
-CAPTION = 17
-"""Characters above a picture."""
 NBSP = "\u00a0"
 
 
@@ -107,7 +107,10 @@ def _key_figures(record: DinoRecord) -> Iterator[KeyFigure]:
             f"(95{NBSP}% interval {100 * low:.1f} to {100 * high:.1f}{NBSP}%)",
         )
     tells = last["teacher_spread"] - last["teacher_entropy"]
-    state = f"collapsed: {record.collapse}" if record.collapse else "not collapsed"
+    if record.collapse:
+        state = f"collapsed: {record.collapse}"
+    else:
+        state = "not collapsed" if tells >= TELLING else "next to nothing, in too few epochs to call it collapsed"
     yield KeyFigure(f"{tells:.2f} nats", f"what the teacher's output tells about which image it is of; {state}")
     yield KeyFigure(f"{last['train_loss']:.3f}", "loss in the last epoch, nats")
     minutes = sum(row["seconds"] for row in record.history) / 60
@@ -119,8 +122,8 @@ def _training(record: DinoRecord, run: RunFolder) -> list[Block]:
     largest = math.log(record.config.head.out_dim)
     caption = (
         "The teacher tells images apart as long as its mean output (green) is flatter than each output by itself "
-        "(blue). If both lie at the dotted line, all outputs are flat; if both are equally low, all images get the "
-        "same output. The k-NN probe uses labels, which training never sees."
+        "(blue). Where the two meet, all images get the same output: a flat one near the dotted line, a sharp one "
+        "far below it. The k-NN probe uses labels, which training never sees."
     )
     curves = saved(run.curves, distillation_figure(record.history, largest))
     blocks: list[Block] = [picture(curves, "Loss, entropies and k-NN accuracy over the epochs", caption)]
@@ -150,8 +153,8 @@ def _alike(record: DinoRecord, run: RunFolder, model: XCiT) -> Iterator[Section]
     units = [F.normalize(torch.from_numpy(each.features), dim=1) for each in (found, known)]
     similar = units[0] @ units[1].T
     similar[:, ~torch.from_numpy(known.decoded)] = -math.inf
-    examples = []
     labelled = record.data.probe is not None
+    rows = []
     for position, name in enumerate(queries.names):
         if not found.decoded[position]:
             continue
@@ -159,22 +162,38 @@ def _alike(record: DinoRecord, run: RunFolder, model: XCiT) -> Iterator[Section]
         if not labelled:
             row[[i for i, other in enumerate(bank.names) if other == name]] = -math.inf  # itself
         best = row.topk(min(NUM_NEIGHBOURS, int(row.isfinite().sum()))).indices.tolist()
-        pictures = [
-            each[0]
-            for images, positions in ((queries, [position]), (bank, best))
-            for _, each in Shown(images, record.preprocessing, model).pictures(positions, attention=False)
-        ]
-        if len(pictures) != 1 + NUM_NEIGHBOURS:
+        asked_for = dict(Shown(queries, record.preprocessing, model).pictures([position], attention=False))
+        answers = dict(Shown(bank, record.preprocessing, model).pictures(best, attention=False))
+        if len(asked_for) + len(answers) != 1 + NUM_NEIGHBOURS:
             continue
-        label = queries.class_names[queries.labels[position]] if labelled else Path(name).stem
-        examples.append(Example(pictures, shorten(drawable(label, f"image {position + 1}"), CAPTION)))
-    if examples:
-        sheet = saved(
-            run.neighbours, examples_figure(examples, ["", *map(str, range(1, NUM_NEIGHBOURS + 1))], columns=1)
+        label = queries.labels[position] if labelled else None
+        lead = Cell(asked_for[position][0], _class(queries, position) if labelled else "asked about", Path(name).name)
+        cells = [
+            Cell(
+                answers[i][0],
+                f"{rank}   {float(row[i]):.3f}",
+                _class(bank, i) if labelled else Path(bank.names[i]).name,
+                None if label is None else bool(bank.labels[i] == label),
+            )
+            for rank, i in enumerate(best, 1)
+        ]
+        rows.append(Row(lead, cells))
+    if rows:
+        title = "Left: images asked about. Beside each: its nearest neighbours, by rank and cosine similarity"
+        sheet = sheet_png(contact_sheet(rows, title + (", with their class" if labelled else "")))
+        write_atomic(run.neighbours, sheet)
+        whose = "images that were not learned from, with their class" if labelled else "training images"
+        caption = (
+            f"On the left {whose}; beside each the training images whose features are most like its own: rank and "
+            f"cosine similarity."
         )
-        whose = "images that were not learned from" if labelled else "training images"
-        caption = f"On the left {whose}; beside each the training images whose features are most like its own."
+        if labelled:
+            caption += " Below those stands their class, green where it is the same and red where it is another."
         yield Section("What the features hold to be alike", [picture(sheet, "Images and their neighbours", caption)])
+
+
+def _class(images: ImageSet, position: int) -> str:
+    return f"class {images.class_names[images.labels[position]]}"
 
 
 def _attention(record: DinoRecord, run: RunFolder, model: XCiT) -> Iterator[Section]:
@@ -185,9 +204,12 @@ def _attention(record: DinoRecord, run: RunFolder, model: XCiT) -> Iterator[Sect
     chosen = _spread(len(images), NUM_OF_HEADS).tolist()
     examples = [Example(pictures, "") for _, pictures in shown.pictures(chosen, heads=heads)]
     if examples:
-        titles = ["image", "all heads", *(f"head {i + 1}" for i in range(heads))]
+        titles = ["image", "all heads", *(f"head {i}" for i in range(heads))]
         sheet = saved(run.heads, examples_figure(examples, titles, columns=1))
-        caption = "Attention of the class token in the last layer: from dark (little) to yellow (most)."
+        caption = (
+            "Attention of the class token in the last layer: from dark (little) to yellow (most). Heads are counted "
+            "from 0, as by xcit attend --head."
+        )
         yield Section("Where the model looks", [picture(sheet, "Attention of the class token, by head", caption)])
 
 

@@ -348,10 +348,12 @@ def _attention(record: RunRecord, run: RunFolder, judged: Judged) -> Iterator[Se
     heads = min(num_heads, MAX_HEADS)
     by_head = judged.examples((right or shown)[:MAX_OF_HEADS], heads=heads)
     if by_head and num_heads > 1:
-        titles = ["image", "all heads", *(f"head {i + 1}" for i in range(heads))]
+        titles = ["image", "all heads", *(f"head {i}" for i in range(heads))]
         few = f"Each of the first {heads} of {num_heads} heads" if heads < num_heads else "Each head"
         sheet = saved(run.heads, examples_figure(by_head, titles, columns=1))
-        blocks.append(picture(sheet, "The same for each head", f"{few} by itself."))
+        blocks.append(
+            picture(sheet, "The same for each head", f"{few} by itself, counted from 0, as by xcit attend --head.")
+        )
     yield Section("Where the model looks", blocks)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xcit.data.images import open_image
 from xcit.errors import DataError
-from xcit.report.colours import BLUE, GREY, GRID, GROUND, INK
+from xcit.report.colours import BLUE, GREEN, GREY, GRID, GROUND, INK, RED
 
 BOX = 184
 """Side in pixels of the square that each picture fits into."""
@@ -35,14 +35,16 @@ class Cell:
     """One picture.
 
     Attributes:
-        path: its file; one that cannot be read is drawn as an empty frame that says so.
+        source: its file, or the picture itself; a file that cannot be read is drawn as an empty frame that says so.
         caption: stands first below it, in colour, such as "1   0.987".
         name: stands below that; what is too long is shortened in its middle.
+        right: colours the name: green for True, red for False, grey for None.
     """
 
-    path: Path
+    source: Path | Image.Image
     caption: str
     name: str
+    right: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,19 @@ def _num_lines(row: Row) -> int:
 
 def _draw(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, x: int, y: int, colour: str) -> None:
     try:
-        picture = _fitted(open_image(cell.path))
+        picture = _fitted(open_image(cell.source) if isinstance(cell.source, Path) else cell.source)
     except (DataError, MemoryError):
         draw.rectangle((x, y, x + BOX - 1, y + BOX - 1), outline=GREY, fill=GRID)
-        word = "cannot be read" if cell.path.exists() else "is not there"
+        word = "cannot be read" if isinstance(cell.source, Path) and cell.source.exists() else "is not there"
         _write(draw, (x + 10, y + BOX // 2 - LINE // 2), f"({word})", GREY, BOX - 20)
     else:
         at = x + (BOX - picture.width) // 2, y + (BOX - picture.height) // 2
         sheet.paste(picture, at)
         draw.rectangle((at[0], at[1], at[0] + picture.width - 1, at[1] + picture.height - 1), outline=GRID)
     _write(draw, (x, y + BOX + 5), cell.caption, colour, BOX)
+    quiet = GREY if cell.right is None else GREEN if cell.right else RED
     for number, text in enumerate(_two_lines(cell.name)):
-        _write(draw, (x, y + BOX + 5 + (number + 1) * (LINE - 2)), text, GREY, BOX, size=TEXT - 1)
+        _write(draw, (x, y + BOX + 5 + (number + 1) * (LINE - 2)), text, quiet, BOX, size=TEXT - 1)
 
 
 def _fitted(picture: Image.Image) -> Image.Image:

@@ -27,6 +27,9 @@ CLIP_EPS = 1e-6
 TELLING = 0.056
 """Nats by which the teacher tells images apart below which it has collapsed: the entropy of an event of one in a
 hundred, so as much as an output that singles out one image of a hundred and says the same of all others."""
+FLAT = "all images get the same output, a flat one"
+SHARP = "all images get the same output, a sharp one"
+"""How a teacher's outputs collapse: to one whose entropy is over half of what it could be, or to one below that."""
 _SUMS = ("teacher_entropy", "student_entropy", "teacher_spread")
 
 
@@ -117,6 +120,7 @@ class DinoTask(Task):
 
     Attributes:
         center: (K,) what the teacher's outputs are on average.
+        recent: rows of the last epochs, for whoever looks; a run that is gone on with has them again.
         look: is called with an epoch's figures, by all processes, and returns others to stand beside them.
 
     Raises:
@@ -160,6 +164,7 @@ class DinoTask(Task):
         self._forward = [torch.compile(network) if compile else network for network in (student, teacher)]
         self._sums: dict[str, float | Tensor] = dict.fromkeys(_SUMS, 0.0)
         self._num_images = 0
+        self.recent: list[dict[str, float]] = []
         self.look: Callable[[Mapping[str, float]], dict[str, float]] | None = None
         self._step_logits: Tensor | float = 0.0
         self._step_probabilities: Tensor | float = 0.0
@@ -289,13 +294,15 @@ class DinoTask(Task):
         """Say how the teacher's outputs have collapsed, by an epoch's figures; None if they have not.
 
         ``teacher_spread - teacher_entropy`` is how many nats an output tells about which image it is of: 0 where all
-        images get the same. If that one output is as flat as can be, centring won; if not, sharpening did.
+        images get the same. How flat that one output is, up to the entropy log K of a uniform one, tells which of two
+        forces has won: centring makes it flat, sharpening makes it sharp.
+
+        Returns:
+            ``FLAT``, ``SHARP`` or None.
         """
         if figures["teacher_spread"] - figures["teacher_entropy"] >= TELLING:
             return None
-        if math.log(len(self.center)) - figures["teacher_spread"] < TELLING:
-            return "the output is uniform"
-        return "all images get the same output"
+        return FLAT if figures["teacher_spread"] > math.log(len(self.center)) / 2 else SHARP
 
     @staticmethod
     def merit(row: Mapping[str, float], prefix: str = "") -> tuple[float]:
@@ -307,9 +314,11 @@ class DinoTask(Task):
         super().on_save_checkpoint(checkpoint)
         checkpoint["epoch_so_far"] |= {name: float(value) for name, value in self._sums.items()}
         checkpoint["epoch_so_far"]["num_images"] = self._num_images
+        checkpoint["recent_epochs"] = self.recent
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with those sums."""
         super().on_load_checkpoint(checkpoint)
         self._sums = {name: checkpoint["epoch_so_far"][name] for name in _SUMS}
         self._num_images = checkpoint["epoch_so_far"]["num_images"]
+        self.recent = list(checkpoint.get("recent_epochs", ()))
