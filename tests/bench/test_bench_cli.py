@@ -13,7 +13,7 @@ def bench(*arguments, cwd):
 def test_help_names_every_verb(tmp_path):
     shown = bench("--help", cwd=tmp_path)
     assert shown.returncode == 0
-    for verb in ("xca", "backbone", "memory", "calibrate", "tables"):
+    for verb in ("xca", "backbone", "pyramid", "memory", "calibrate", "tables"):
         assert verb in shown.stdout
 
 

@@ -47,6 +47,14 @@ def test_a_whole_network_at_high_resolution_against_timms():
     assert float(last_rows(cases.BACKBONE)[key(case, cases.BACKBONE)]["auto"]["ratio_vs_timm"]) >= 1.2
 
 
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_a_pyramid_at_a_detectors_size_against_timms(mode):
+    case = cases.PyramidCase("xcit_small_12_p16", 800, 1333, 1, mode)
+    row = last_rows(cases.PYRAMID)[key(case, cases.PYRAMID)]
+    assert float(row["auto"]["ratio_vs_timm"]) > 1
+    assert float(row["auto"]["peak_mib"]) < float(row["timm"]["peak_mib"])
+
+
 def test_the_memory_that_one_layer_saves_for_every_width():
     rows = last_rows(cases.XCA_MEMORY)
     assert set(rows) >= {key(c, cases.XCA_MEMORY) for c in cases.XCA_MEMORY.cases}

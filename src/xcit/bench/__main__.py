@@ -88,6 +88,28 @@ def _training(
     _measure(cases.TRAINING, quick, device, "float32", compile, budget_s, results)
 
 
+@app.command(name="pyramid")
+def _pyramid(
+    quick: bool = False,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    compile: bool = False,
+    budget_s: float = 20.0,
+    results: Path = RESULTS,
+) -> None:
+    """Time the pyramid of features of 800 x 1333 px, and measure its memory, against the same on timm's XCiT.
+
+    Args:
+        quick: a first look: a small image, printed only.
+        device: where to measure.
+        dtype: of weights and images.
+        compile: time torch.compile'd competitors too.
+        budget_s: seconds of timing a case, beyond the least number of rounds.
+        results: folder of the CSV file that grows.
+    """
+    _measure(cases.PYRAMID, quick, device, dtype, compile, budget_s, results)
+
+
 @app.command(name="loading")
 def _loading(
     quick: bool = False,

@@ -57,6 +57,23 @@ class TrainingCase:
 
 
 @dataclass(frozen=True)
+class PyramidCase:
+    """The maps at strides 4, 8, 16 and 32. "training" is a forward and a backward pass from gradients of all levels.
+
+    The image is padded to multiples of 32 before it is measured: 800 x 1333 px to 800 x 1344.
+    """
+
+    architecture: str
+    height: int
+    width: int
+    batch_size: int
+    mode: Mode
+
+    def __str__(self) -> str:
+        return f"{self.architecture} pyramid of {self.height} × {self.width} px, batch {self.batch_size}, {self.mode}"
+
+
+@dataclass(frozen=True)
 class LoadingCase:
     """An epoch of JPEG files as they are read, distorted and put into batches."""
 
@@ -70,7 +87,7 @@ class LoadingCase:
         return f"{size}, batch {self.batch_size}, {self.num_workers} worker processes"
 
 
-Case = XCACase | BackboneCase | TrainingCase
+Case = XCACase | BackboneCase | TrainingCase | PyramidCase
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class Suite:
     """
 
     name: str
-    case_type: type[XCACase] | type[BackboneCase] | type[TrainingCase]
+    case_type: type[XCACase] | type[BackboneCase] | type[TrainingCase] | type[PyramidCase]
     cases: tuple[Case, ...]
     quick_cases: tuple[Case, ...]
     baseline: str = "timm"
@@ -193,6 +210,19 @@ TRAINING = Suite(
     contenders=("auto",),
 )
 
+PYRAMID = Suite(
+    name="pyramid",
+    case_type=PyramidCase,
+    cases=(
+        PyramidCase("xcit_small_12_p16", 800, 1333, 1, "inference"),
+        PyramidCase("xcit_small_12_p8", 800, 1333, 1, "inference"),
+        PyramidCase("xcit_small_12_p16", 800, 1333, 1, "training"),
+        PyramidCase("xcit_tiny_12_p8", 800, 1333, 1, "training"),
+    ),
+    quick_cases=tuple(PyramidCase("xcit_nano_12_p16", 320, 533, 1, mode) for mode in MODES),
+    contenders=("auto",),
+)
+
 LOADING_CASES = tuple(LoadingCase(128, 224, 32, num_workers) for num_workers in (0, 1, 2))
 LOADING_COLUMNS = (
     "date",
@@ -208,4 +238,4 @@ LOADING_COLUMNS = (
 )
 """Of ``loading.csv``; the times are of one epoch."""
 
-SUITES = {suite.name: suite for suite in (XCA, XCA_FORMS, XCA_MEMORY, BACKBONE, TRAINING)}
+SUITES = {suite.name: suite for suite in (XCA, XCA_FORMS, XCA_MEMORY, BACKBONE, TRAINING, PYRAMID)}

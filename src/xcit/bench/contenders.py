@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit.bench.cases import BackboneCase, Case, Mode, TrainingCase, XCACase
+from xcit.bench import pyramid
+from xcit.bench.cases import BackboneCase, Case, Mode, PyramidCase, TrainingCase, XCACase
 from xcit.models.factory import from_timm
 from xcit.models.layers import XCA
 
 SEED = 2106
+OUTPUT = "output"
+"""What the evidence of an output is called; several of them have their number after it."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,16 @@ class Contender:
     Args:
         name: "timm", or the form of XCA that ours is asked for; with " compiled" after it under torch.compile.
         module: whose parameters and gradients are looked at.
-        step: what is measured; returns the output.
+        step: what is measured; returns the output, or the outputs.
         clear: drops what a step leaves behind, so that the next one starts as the first did.
+        uncompared: parameters whose gradient says nothing: nothing but rounding is in it.
     """
 
     name: str
     module: nn.Module
-    step: Callable[[], Tensor]
+    step: Callable[[], Tensor | list[Tensor]]
     clear: Callable[[], None]
+    uncompared: frozenset[str] = frozenset()
 
     @property
     def shows_form(self) -> bool:
@@ -42,8 +47,14 @@ class Contender:
     def evidence(self) -> dict[str, Tensor]:
         """The output of one step and the gradients it left, by parameter; what competitors are compared by."""
         self.clear()
-        evidence = {"output": self.step().detach().clone()}
-        evidence |= {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
+        output = self.step()
+        outputs = {OUTPUT: output} if isinstance(output, Tensor) else {f"{OUTPUT} {i}": y for i, y in enumerate(output)}
+        evidence = {name: y.detach().clone() for name, y in outputs.items()}
+        evidence |= {
+            name: p.grad.clone()
+            for name, p in self.module.named_parameters()
+            if p.grad is not None and name not in self.uncompared
+        }
         self.clear()
         return evidence
 
@@ -65,7 +76,7 @@ def build(
         temperatures and batch-norm statistics too), so that a difference anywhere shows in the outputs.
     """
     torch.manual_seed(SEED)
-    modules = _xca_modules(case, names) if isinstance(case, XCACase) else _backbone_modules(case.architecture, names)
+    modules = _modules(case, names)
     contenders = []
     for name, module in modules.items():
         module.to(device=device, dtype=dtype).train(case.mode == "training")
@@ -99,6 +110,22 @@ def randomize(module: nn.Module) -> None:
                 buffer.uniform_(0.5, 2.0)
 
 
+def _modules(case: Case, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    if isinstance(case, XCACase):
+        return _xca_modules(case, names)
+    if isinstance(case, PyramidCase):
+        return pyramid.make_pyramids(_timm_model(case.architecture), names, randomize)
+    return _backbone_modules(case.architecture, names)
+
+
+def _timm_model(architecture: str) -> nn.Module:
+    import timm
+
+    model = timm.create_model(f"{architecture}_224", pretrained=False)
+    randomize(model)
+    return model
+
+
 def _xca_modules(case: XCACase, names: tuple[str, ...]) -> dict[str, nn.Module]:
     from timm.models import xcit as timm_xcit
 
@@ -115,10 +142,7 @@ def _xca_modules(case: XCACase, names: tuple[str, ...]) -> dict[str, nn.Module]:
 
 
 def _backbone_modules(architecture: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    import timm
-
-    reference = timm.create_model(f"{architecture}_224", pretrained=False)
-    randomize(reference)
+    reference = _timm_model(architecture)
     modules: dict[str, nn.Module] = {}
     for name in names:
         if name == "timm":
@@ -141,19 +165,23 @@ def _contender(
         return Contender(name, module, step, lambda: module.zero_grad(set_to_none=True))
     # every competitor draws its input from the same seed: equal, but with gradients of its own
     draw = torch.Generator().manual_seed(SEED)
-    shape = (
-        (case.batch_size, case.num_tokens, case.embed_dim)
-        if isinstance(case, XCACase)
-        else (case.batch_size, 3, case.image_size, case.image_size)
-    )
-    x = torch.randn(shape, generator=draw).to(device, dtype)
-    make: Callable[..., Callable[[], Tensor]] = _STEPS[type(case), case.mode]
+    x = _input(case, draw).to(device, dtype)
+    make: Callable[..., Callable[[], Tensor | list[Tensor]]] = _STEPS[type(case), case.mode]
 
     def clear() -> None:
         module.zero_grad(set_to_none=True)
         x.grad = None
 
-    return Contender(name, module, make(module, call, x, draw, clear), clear)
+    uncompared = pyramid.only_rounding(module) if isinstance(case, PyramidCase) else frozenset()
+    return Contender(name, module, make(module, call, x, draw, clear), clear, uncompared)
+
+
+def _input(case: XCACase | BackboneCase | PyramidCase, draw: torch.Generator) -> Tensor:
+    if isinstance(case, XCACase):
+        return torch.randn(case.batch_size, case.num_tokens, case.embed_dim, generator=draw)
+    if isinstance(case, PyramidCase):
+        return pyramid.make_images(case, draw)
+    return torch.randn(case.batch_size, 3, case.image_size, case.image_size, generator=draw)
 
 
 def _inference(
@@ -198,9 +226,11 @@ def _backbone_training(
     return step
 
 
-_STEPS: dict[tuple[type, Mode], Callable[..., Callable[[], Tensor]]] = {
+_STEPS: dict[tuple[type, Mode], Callable[..., Callable[[], Tensor | list[Tensor]]]] = {
     (XCACase, "inference"): _inference,
     (XCACase, "training"): _layer_training,
     (BackboneCase, "inference"): _inference,
     (BackboneCase, "training"): _backbone_training,
+    (PyramidCase, "inference"): _inference,
+    (PyramidCase, "training"): pyramid.training_step,
 }

@@ -12,7 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from xcit.bench import ablations, results, self_supervision
-from xcit.bench.cases import BACKBONE, LOADING_COLUMNS, TRAINING, WIDTHS, XCA, XCA_FORMS, XCA_MEMORY, Case, Suite
+from xcit.bench.cases import (
+    BACKBONE,
+    LOADING_COLUMNS,
+    PYRAMID,
+    TRAINING,
+    WIDTHS,
+    XCA,
+    XCA_FORMS,
+    XCA_MEMORY,
+    Case,
+    Suite,
+)
 from xcit.errors import ConfigError, DataError, UnknownNameError
 from xcit.files import write_atomic
 from xcit.models.zoo import ARCHITECTURES, CHECKPOINTS
@@ -124,6 +135,11 @@ def training_table(results_dir: Path) -> str:
     )
 
 
+def pyramid_table(results_dir: Path) -> str:
+    """The maps of a detector's image, our pyramid's against the same on timm's model."""
+    return _competition(PYRAMID, results_dir, ("model", "image", "batch", "pass"), _pyramid_cells)
+
+
 def loading_table(results_dir: Path) -> str:
     """How fast files become batches, our loader's rate against timm's."""
     rows = results.read(results_dir / "loading.csv", LOADING_COLUMNS)
@@ -202,6 +218,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "xca": xca_table,
     "backbone": backbone_table,
     "training": training_table,
+    "pyramid": pyramid_table,
     "ablations": ablations.table,
     "self-supervision": self_supervision.table,
     "loading": loading_table,
@@ -244,10 +261,16 @@ def _competition(
 _TITLES = {"tokens": "token form", "covariance": "covariance form", "auto": "automatic"}
 
 
+_PASSES = {"inference": "forward", "training": "forward + backward"}
+
+
 def _xca_cells(row: Row) -> tuple[str, ...]:
-    passes = {"inference": "forward", "training": "forward + backward"}
     shape = f"{row['batch_size']} × {row['num_tokens']}"
-    return f"{row['embed_dim']} / {row['num_heads']}", shape, passes[row["mode"]]
+    return f"{row['embed_dim']} / {row['num_heads']}", shape, _PASSES[row["mode"]]
+
+
+def _pyramid_cells(row: Row) -> tuple[str, ...]:
+    return f"`{row['architecture']}`", f"{row['height']} × {row['width']}", row["batch_size"], _PASSES[row["mode"]]
 
 
 def _backbone_cells(row: Row) -> tuple[str, ...]:

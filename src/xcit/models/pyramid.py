@@ -110,7 +110,8 @@ class XCiTPyramid(nn.Module):
         for i, block in enumerate(self.blocks):
             x = run_block(block, x, Hp, Wp, recompute=self.grad_checkpointing)
             levels += [
-                operation(x.transpose(1, 2).unflatten(2, (Hp, Wp)))
+                # In this order torch sees a map with channels last, also of a single image.
+                operation(x.unflatten(1, (Hp, Wp)).permute(0, 3, 1, 2))
                 for tap, operation in zip(self.taps, operations, strict=True)
                 if tap == i
             ]
