@@ -200,7 +200,7 @@ def _sorted_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     wrong = [f"MaskRCNN has no option {k!r}; did you mean {m[0]!r}?" for k, m in near.items() if m]
     if wrong:
         raise ConfigError(" ".join(wrong))
-    check_overrides(overrides)
+    check_overrides({k: v for k, v in overrides.items() if k != "in_chans"})  # an argument of its own elsewhere
     return own, overrides
 
 

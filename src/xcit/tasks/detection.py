@@ -195,10 +195,11 @@ def build_step_schedule(optimizer: torch.optim.Optimizer, plan: StepSchedule) ->
         group["lr"] = group["initial_lr"] = plan.lr
     schedule = MultiStepLRScheduler(
         optimizer,
-        decay_t=list(plan.decay_steps),
+        decay_t=[step + 1 for step in plan.decay_steps],  # timm's milestones take effect one step early
         decay_rate=DECAY_RATE,
         warmup_t=plan.warmup_steps,
         warmup_lr_init=plan.warmup_lr,
+        warmup_prefix=False,  # the rise is part of the run, not before it
         t_in_epochs=False,
     )
     schedule.step_update(num_updates=0)
