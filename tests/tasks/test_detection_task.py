@@ -1,11 +1,14 @@
 """The detection task: which weights decay, the schedule of the released configuration."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from xcit.models.detectors import create_detector
-from xcit.tasks.detection import StepSchedule, build_step_schedule, detection_decay
+from xcit.tasks.detection import StepSchedule, build_step_schedule, detected, detection_decay
 
 
 def test_only_layer_norms_are_spared_from_decay():
@@ -36,3 +39,20 @@ def test_steps():
     assert rates[500] == rates[2699] == pytest.approx(1e-4)
     assert rates[2700] == rates[3299] == pytest.approx(1e-5)
     assert rates[3300] == rates[3599] == pytest.approx(1e-6)
+
+
+def test_an_image_is_judged_the_same_whoever_shares_its_batch():
+    torch.manual_seed(0)
+    model = create_detector("xcit_nano_12_p16", num_classes=2, out_channels=8, box_width=8, mask_channels=8,
+                            mask_convs=1, min_size=64, max_size=128, score_thresh=0.0).eval()  # fmt: skip
+    annotated = SimpleNamespace(image_ids=np.array([5, 6, 7]), category_ids=np.array([1, 3]))
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 128), torch.rand(3, 64, 64)]
+    with torch.no_grad():
+        together = detected(model, images, [0, 1, 2], annotated)
+        alone = [row for i in range(3) for row in detected(model, images[i : i + 1], [i], annotated)]
+    assert len(alone) == len(together) > 10
+    together.sort(key=lambda row: row["image_id"])
+    for mine, other in zip(together, alone, strict=True):
+        assert mine["image_id"] == other["image_id"]
+        assert mine["bbox"] == pytest.approx(other["bbox"], abs=0.01)
+        assert mine["score"] == pytest.approx(other["score"], abs=1e-4)

@@ -207,11 +207,18 @@ def build_step_schedule(optimizer: torch.optim.Optimizer, plan: StepSchedule) ->
 
 
 def detected(model: MaskRCNN, images: list[Tensor], indices: list[int], annotated: CocoSet) -> list[dict[str, Any]]:
-    """Return what a detector finds in images of a set, as COCO results."""
+    """Return what a detector finds in images of a set, as COCO results.
+
+    Only images of one size share a batch: XCA sees the padding, so that an image's neighbours would change its figures.
+    """
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, image in enumerate(images):
+        alike.setdefault(model.transform.scaled_size(int(image.shape[1]), int(image.shape[2])), []).append(i)
     rows: list[dict[str, Any]] = []
-    for image, index, found in zip(images, indices, model.detect(images), strict=True):
-        size = int(image.shape[1]), int(image.shape[2])
-        rows += coco_results(found, int(annotated.image_ids[index]), size, annotated.category_ids)
+    for group in alike.values():
+        for i, found in zip(group, model.detect([images[i] for i in group]), strict=True):
+            size = int(images[i].shape[1]), int(images[i].shape[2])
+            rows += coco_results(found, int(annotated.image_ids[indices[i]]), size, annotated.category_ids)
     return rows
 
 
