@@ -88,6 +88,18 @@ def test_it_predicts_what_the_unconverted_weights_predict(name, randomize, tmp_p
     torch.testing.assert_close(got["masks"][:, 0], masks, atol=1e-5, rtol=0)
 
 
+def test_evaluation_needs_no_context():
+    """As in the documents' example: with gradients on, detections are the same."""
+    model = small(score_thresh=0.0).eval()
+    image = [torch.rand(3, 96, 150)]
+    (found,) = model(image)
+    with torch.no_grad():
+        (same,) = model(image)
+    assert len(found["masks"]) > 0
+    for key in same:
+        torch.testing.assert_close(found[key].detach(), same[key])
+
+
 def test_names_go_both_ways():
     state = small().state_dict()
     theirs = to_mmdet(state)

@@ -279,9 +279,10 @@ def test_settings_that_contradict_each_other(tiny):
         augment=replace(tiny.augment, min_short=96),
         data=replace(tiny.data, image_size=256),
         optim=replace(tiny.optim, first_decay=3.0),
-        compute=replace(tiny.compute, compile=True),
+        compute=replace(tiny.compute, compile=True, channels_last=False),
     )
     with pytest.raises(ConfigError) as error:
         check_config(wrong)
-    for part in ("augment.min_short is 96", "data.image_size is 256", "optim.first_decay is 3", "compute.compile"):
+    settings = "augment.min_short is 96", "data.image_size is 256", "optim.first_decay is 3"
+    for part in (*settings, "compute.compile", "channels_last=false"):
         assert part in str(error.value)

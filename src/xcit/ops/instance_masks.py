@@ -90,9 +90,9 @@ def paste_masks(
     Cost: n H W numbers. For large images take ``mask_window`` and ``paste_mask`` an instance at a time.
     """
     values = squares.new_zeros((len(squares), *size))
-    for value, square, box in zip(values, squares, boxes, strict=True):
+    for i, (square, box) in enumerate(zip(squares, boxes, strict=True)):
         top, bottom, left, right = window = mask_window(box, size, squares.shape[-1])
-        value[top:bottom, left:right] = paste_mask(square, box, window)
+        values[i, top:bottom, left:right] = paste_mask(square, box, window)
     return values
 
 

@@ -161,5 +161,7 @@ class DetectionConfig(RunConfig):
             yield "compute.strategy=fsdp is not for detectors; take ddp"
         if self.compute.compile:
             yield "compute.compile is not for detectors, whose sizes change with every batch; set it to false"
+        if not self.compute.channels_last:
+            yield "compute.channels_last=false is not for detectors, whose stem always has channels last; leave it out"
         if not data.root:
             yield "data.root is empty; name the images with --data"

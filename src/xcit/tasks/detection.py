@@ -60,7 +60,6 @@ class DetectionTask(Task):
         val: what is validated on; None for nothing.
         weight_decay: of the parameters that ``detection_decay`` names.
         ema_decay: decay a step of the averaged weights; 0 keeps none.
-        channels_last: lay out images with channels last.
         seed: of the run.
 
     Source: the released detection configurations (AdamW, betas 0.9 and 0.999).
