@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.image_list import ImageList
 
-from xcit.models.proposals import Anchors, ProposalNetwork, TwoSidedBoxCoder
+from xcit.models.proposals import AnchorMatcher, Anchors, ProposalNetwork, TwoSidedBoxCoder
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -131,3 +131,40 @@ def test_no_anchor_to_learn_from_gives_no_nan():
     nothing = [torch.full((4,), -1.0)]
     losses = rpn.compute_loss(torch.randn(4, 1), torch.randn(4, 4), nothing, [torch.zeros(4, 4)])
     assert [loss.item() for loss in losses] == [0, 0]
+
+
+def naive_assignment(overlaps, min_iou):
+    """mmdetection's rule as its documentation tells it, an anchor and an instance at a time; -1 negative, -2 unused."""
+    instances, anchors = overlaps.shape
+    assigned = []
+    for a in range(anchors):
+        most = overlaps[:, a].max()
+        assigned.append(int(overlaps[:, a].argmax()) if most >= 0.7 else -1 if most < 0.3 else -2)
+    for g in range(instances):
+        best = overlaps[g].max()
+        if best >= min_iou:
+            for a in range(anchors):
+                if overlaps[g, a] == best:
+                    assigned[a] = g
+    return assigned
+
+
+@pytest.mark.parametrize("min_iou", [0.0, 0.3, 0.5])
+def test_anchors_learn_what_the_released_rule_says(min_iou):
+    rng = np.random.default_rng(3)
+    matcher, seen = AnchorMatcher(0.7, 0.3, min_iou), set()
+    for _ in range(200):
+        overlaps = rng.uniform(0, rng.uniform(0.2, 1), (int(rng.integers(1, 5)), 12)).round(1)  # many ties
+        want = naive_assignment(overlaps, min_iou)
+        assert matcher(torch.from_numpy(overlaps)).tolist() == want
+        seen |= set(want)
+    assert seen == {-2, -1, 0, 1, 2, 3}
+
+
+def test_a_small_instance_is_learned_where_asked_for():
+    """A box of 8 px overlaps the smallest anchor, of 32 px, by 1/16."""
+    anchors = Anchors((4,))(ImageList(torch.zeros(1, 3, 32, 32), [(32, 32)]), [torch.zeros(1, 1, 8, 8)])
+    small = [{"boxes": torch.tensor([[12.0, 12, 20, 20]])}]
+    for min_iou, learned in ((0.3, False), (0.0, True)):
+        (labels,), _ = ProposalNetwork(8, (4,), min_iou=min_iou).assign_targets_to_anchors(anchors, small)
+        assert bool((labels == 1).any()) is learned

@@ -139,6 +139,8 @@ class MaskRCNN(GeneralizedRCNN):
         with_masks: False for boxes alone.
         box_samples: regions an image that the box head learns from.
         proposals: regions an image that are looked at.
+        min_anchor_iou: overlap (IoU) that an instance's best anchors must have to learn it in training. 0.3 as released,
+            by which squares of 17 pixels and less are not learned as proposals; with 0 all are.
         min_size: images are scaled so that the shorter side has so many pixels,
         max_size: and the longer at most so many.
         mean: of each channel of the images, whose values are 0 to 1.
@@ -167,6 +169,7 @@ class MaskRCNN(GeneralizedRCNN):
         with_masks: bool = True,
         box_samples: int = 512,
         proposals: int = 1000,
+        min_anchor_iou: float = 0.3,
         min_size: int = 800,
         max_size: int = 1333,
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -180,7 +183,7 @@ class MaskRCNN(GeneralizedRCNN):
         neck = PyramidNeck(body, out_channels)
         super().__init__(
             neck,
-            ProposalNetwork(out_channels, neck.strides, proposals),
+            ProposalNetwork(out_channels, neck.strides, proposals, min_iou=min_anchor_iou),
             InstanceHeads(
                 out_channels,
                 neck.strides[:-1],
@@ -279,7 +282,7 @@ def _check(config: dict[str, Any]) -> None:
     ]
     problems += [
         f"{name} is {config[name]}; it must be between 0 and 1"
-        for name in ("score_thresh", "nms_thresh")
+        for name in ("score_thresh", "nms_thresh", "min_anchor_iou")
         if not 0 <= config[name] <= 1
     ]
     in_chans = len(config["mean"])

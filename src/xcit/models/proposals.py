@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -75,6 +75,34 @@ class TwoSidedBoxCoder(BoxCoder):
         return super().decode_single(torch.cat((codes[..., :2], sizes), dim=-1).flatten(-2), boxes)
 
 
+class AnchorMatcher(Matcher):
+    """Which instance each anchor learns: the one that it overlaps most, if by enough, or the one that it is best for.
+
+    Every instance also gets the anchors that overlap it most, all of them where several do equally, if by ``min_iou``
+    at least. Of several instances that an anchor is best for, the last one gets it.
+
+    Args:
+        high: IoU from which on an anchor is positive.
+        low: below which it is negative.
+        min_iou: what an instance's best anchors must have; with 0 every instance has some, however small it is.
+
+    Source: mmdetection's ``MaxIoUAssigner``; torchvision has no ``min_iou``, and leaves an anchor that is the best for
+    an instance with the one that it overlaps most itself.
+    """
+
+    def __init__(self, high: float, low: float, min_iou: float) -> None:
+        super().__init__(high, low, allow_low_quality_matches=True)
+        self.min_iou = min_iou
+
+    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
+        """Write the best anchors of each instance into ``matches``, (anchors,); the IoU are (instances, anchors)."""
+        best = match_quality_matrix.amax(dim=1, keepdim=True)
+        is_best = (match_quality_matrix == best) & (best >= self.min_iou)
+        numbers = torch.arange(len(best), device=best.device)[:, None].expand_as(is_best)
+        last = numbers.where(is_best, -1).amax(dim=0)
+        matches.copy_(last.where(last >= 0, matches))
+
+
 class ProposalNetwork(RegionProposalNetwork):
     """Boxes that may hold something, from every level of the pyramid.
 
@@ -82,12 +110,15 @@ class ProposalNetwork(RegionProposalNetwork):
         channels: of each level.
         strides: of each level in pixels.
         num_proposals: how many are kept of an image; twice as many a level are looked at in training.
+        min_iou: overlap from which on an instance's best anchors learn it, where none overlaps it by 0.7.
 
     Source: the released configuration: 256 anchors an image, half of them positive (IoU of 0.7, below 0.3 negative);
     2,000 a level before non-maximum suppression at 0.7 in training and 1,000 in testing, 1,000 after it.
     """
 
-    def __init__(self, channels: int, strides: tuple[int, ...], num_proposals: int = 1000) -> None:
+    def __init__(
+        self, channels: int, strides: tuple[int, ...], num_proposals: int = 1000, *, min_iou: float = 0.3
+    ) -> None:
         anchors = Anchors(strides)
         super().__init__(
             anchors,
@@ -101,6 +132,7 @@ class ProposalNetwork(RegionProposalNetwork):
             nms_thresh=0.7,
         )
         self.box_coder = TwoSidedBoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.proposal_matcher = AnchorMatcher(0.7, 0.3, min_iou)
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]

@@ -34,6 +34,8 @@ class DetectorConfig:
     """Regions an image that the box head learns from, a quarter of which may be instances."""
     proposals: Annotated[int, Range(10, 1 << 16)] = 1000
     """Proposals an image that are looked at."""
+    min_anchor_iou: Share = 0.3
+    """Overlap that an instance's best anchors must have to learn it: 0.3 as released, 0 for small instances too."""
     score_thresh: Share = 0.05
     """Detections below it are dropped."""
     max_detections: Annotated[int, Range(1, 10_000)] = 100

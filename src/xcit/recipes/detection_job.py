@@ -248,6 +248,7 @@ def build_detector(config: DetectionConfig, train: CocoSet, *, with_masks: bool)
         "detections_per_img": wanted.max_detections,
         "box_samples": wanted.box_samples,
         "proposals": wanted.proposals,
+        "min_anchor_iou": wanted.min_anchor_iou,
         "with_masks": with_masks,
         **wanted.options,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
@@ -92,6 +94,12 @@ def train(config: RunConfig, run: RunFolder, *, console: Console | None = None) 
         StoppedError: Ctrl-C or a polite kill; the state is saved.
         KeyboardInterrupt: a second one; what was last saved stays.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses what is really too large
+        return _train(config, run, console)
+
+
+def _train(config: RunConfig, run: RunFolder, console: Console | None) -> Any:
     share = own_share(config)
     console = console if console is not None and share.rank == 0 else Console(quiet=True)
     device = choose_device(config.compute.device)
