@@ -495,6 +495,32 @@ def test_too_large_an_image_for_the_memory(model, monkeypatch):
         Detector(model)(photo(64, 96))
 
 
+def test_a_size_without_the_memory_for_it_is_refused_before_anything_is_scaled(model, monkeypatch):
+    model.train()  # the count must not touch its batch norms
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: 64 * 2**20)
+    monkeypatch.setattr("xcit.inference.detector.to_tensor", lambda *_: pytest.fail("scaled"))
+    asked = r"An image of 20000 x 26667 px would take about [\d.]+ GiB of memory on cpu, where 64 MiB are free: use min_"
+    with pytest.raises(ConfigError, match=asked) as refused:
+        Detector(model, min_size=20_000, max_size=30_000)(photo(480, 640))
+    monkeypatch.undo()
+    fits = int(str(refused.value).partition("min_size=")[2].partition(" ")[0])
+    assert 100 < fits < 2000
+    assert fits % 32 == 0
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: 64 * 2**20)
+    assert Detector(model, min_size=fits, max_size=30_000)(photo(480, 640))[0].error is None
+    with pytest.raises(ConfigError, match="use min_size="):
+        Detector(model, min_size=fits + 96, max_size=30_000)(photo(480, 640))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training
+
+
+def test_a_batch_without_the_memory_for_it_is_refused(model, monkeypatch):
+    monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: 16 * 2**20)
+    with pytest.raises(ConfigError, match=r"16 images of 280 x 373 px at once would take .* use batch_size=1 "):
+        Detector(model, batch_size=16, min_size=280, max_size=400)([photo(480, 640)] * 16)
+
+
 def test_other_errors_are_not_hidden(model, monkeypatch):
     monkeypatch.setattr(model, "detect", lambda images: 1 / 0)
     with pytest.raises(ZeroDivisionError):

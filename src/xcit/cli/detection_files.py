@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
-from xcit.cli.formats import _printable, _shortened
+from xcit.cli.formats import printable, shortened
 from xcit.errors import ConfigError, DataError, XCiTError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class TableSink(Sink):
 
     def __init__(self, file: TextIO, paths: Sequence[Path], width: int | None) -> None:
         super().__init__(file)
-        longest = max((cell_len(_printable(path)) for path in paths), default=0)
+        longest = max((cell_len(printable(path)) for path in paths), default=0)
         limit = longest if width is None else max(12, width - len(self.HEAD) - self.ROOM_FOR_CLASS)
         self.name_width = max(len("file"), min(longest, limit))
         self.width = width
@@ -173,7 +173,7 @@ class TableSink(Sink):
             return
         lines = [] if self.begun else [set_cell_size("file", self.name_width) + self.HEAD]
         self.begun = True
-        name = set_cell_size(_shortened(_printable(found.path), self.name_width), self.name_width)
+        name = set_cell_size(shortened(printable(found.path), self.name_width), self.name_width)
         if not len(found):
             lines.append(f"{name}      -  nothing found")
         for _, kind, score, box in _rows(found):

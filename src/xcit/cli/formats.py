@@ -40,7 +40,7 @@ class TableWriter(Writer):
 
     def __init__(self, file: TextIO, paths: Sequence[Path], width: int | None) -> None:
         self.file = file
-        longest = max((cell_len(_printable(path)) for path in paths), default=0)
+        longest = max((cell_len(printable(path)) for path in paths), default=0)
         limit = longest if width is None else max(12, width - len(self.RIGHT) - self.ROOM_FOR_CLASS)
         self.name_width = max(len("file"), min(longest, limit))
         self.width = width
@@ -52,7 +52,7 @@ class TableWriter(Writer):
             return
         lines = [] if self.begun else [set_cell_size("file", self.name_width) + self.RIGHT]
         self.begun = True
-        name = _shortened(_printable(prediction.path), self.name_width)
+        name = shortened(printable(prediction.path), self.name_width)
         for rank, label in enumerate(prediction.labels, 1):
             percent = f"{100 * label.probability:.1f} %"
             lines.append(
@@ -123,13 +123,14 @@ def _as_json(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _printable(path: Path | None) -> str:
+def printable(path: Path | None) -> str:
     """Return a name that takes one line: a file's name may hold any byte."""
     name = str(path)
     return name if name.isprintable() else repr(name)[1:-1]
 
 
-def _shortened(name: str, width: int) -> str:
+def shortened(name: str, width: int) -> str:
+    """Return a name that is at most so many columns wide, with a dot for its middle."""
     if cell_len(name) <= width:
         return name
     # The end says more than the beginning.

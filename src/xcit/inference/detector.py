@@ -30,7 +30,8 @@ from xcit.data.labels import class_names
 from xcit.errors import CheckpointError, ConfigError, DataError, UnknownNameError, XCiTError
 from xcit.inference.detections import Detections
 from xcit.inference.devices import choose_device, is_out_of_memory
-from xcit.inference.stream import DECODERS, Source, _ahead, _each, evaluating
+from xcit.inference.room import Room
+from xcit.inference.stream import DECODERS, Source, ahead, each, evaluating
 from xcit.models.detectors import create_detector
 from xcit.models.download import is_url
 from xcit.models.factory import create_model
@@ -141,6 +142,7 @@ class Detector:
         self.min_size, self.max_size = _sides(self.model.transform, min_size, max_size)
         fitting = 1 if self.device.type == "cpu" else PIXELS_A_BATCH // (self.min_size * self.max_size)
         self.batch_size = batch_size or min(AT_MOST, max(1, fitting))
+        self._room, self._is_tight = Room(self.model), False
 
     def __call__(self, images: Source | Iterable[Source]) -> list[Detections]:
         """Return what is found in each image.
@@ -171,8 +173,12 @@ class Detector:
         """
         waiting: list[_Item] = []
         num_tensors = 0
+        with evaluating(self.model):  # if there is room for the largest image that there can be, none is looked at
+            self._is_tight = (
+                self._room.lack(self._levels, 1, self._in_chans, (self.min_size, self.max_size)) is not None
+            )
         prepare: Any = partial(self._prepare, opener or partial(open_image, in_chans=self._in_chans))
-        items: Iterator[Any] = _ahead(prepare, _each(images), self.batch_size + DECODERS)
+        items: Iterator[Any] = ahead(prepare, each(images), self.batch_size + DECODERS)
         for item in items:
             waiting.append(item)
             num_tensors += item.tensor is not None
@@ -195,7 +201,10 @@ class Detector:
                 image = array_to_image(image)
             image = convert_image(image, self._in_chans)
             size = image.height, image.width
-            return _Item(path, name, to_tensor(image, scaled_size(*size, self.min_size, self.max_size)), size)
+            scaled = scaled_size(*size, self.min_size, self.max_size)
+            if self._is_tight:  # scaling it would take memory already
+                self._check_room(1, scaled)
+            return _Item(path, name, to_tensor(image, scaled), size)
         except DataError as error:
             return _Item(path, name, error=str(error) if path else f"{name}: {error}")
         except MemoryError:
@@ -242,6 +251,9 @@ class Detector:
             yield found[i] if i in found else Detections(item.path, error=item.error)
 
     def _forward(self, tensors: list[Tensor]) -> list[tuple[dict[str, Tensor], bool]]:
+        if len(tensors) > 1:
+            with evaluating(self.model):
+                self._check_room(len(tensors), (int(tensors[0].shape[1]), int(tensors[0].shape[2])))
         try:
             return self._run(tensors, self.min_size, self.max_size)
         except (RuntimeError, MemoryError) as error:
@@ -279,6 +291,35 @@ class Detector:
             transform.min_size, transform.max_size, heads.score_thresh, heads.detections_per_img = former
 
     # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _levels(self, images: Tensor) -> object:
+        """Run what takes the most memory: all before the proposals, whose number is bounded."""
+        return self.model.rpn.head(list(self.model.backbone(images).values()))
+
+    def _check_room(self, num_images: int, size: tuple[int, int]) -> None:
+        """Refuse what the memory would not hold: a system that is asked for too much does not say so, it kills.
+
+        Raises:
+            ConfigError: with how much it would take, how much there is, and what would fit.
+        """
+        padded = (
+            math.ceil(size[0] / SIZE_DIVISIBLE) * SIZE_DIVISIBLE,
+            math.ceil(size[1] / SIZE_DIVISIBLE) * SIZE_DIVISIBLE,
+        )
+        lack = self._room.lack(self._levels, num_images, self._in_chans, padded)
+        if lack is None:
+            return
+        H, W = size
+        images = f"An image of {H} x {W} px" if num_images == 1 else f"{num_images} images of {H} x {W} px at once"
+        takes = f"{images} would take {lack}"
+        fit = math.floor(num_images * lack.available / lack.needed)
+        if fit:
+            raise ConfigError(f"{takes}: use batch_size={fit} (--batch-size) or less.")
+        scale = math.sqrt(num_images * lack.available / lack.needed)
+        short = math.floor(min(H, W) * scale) // SIZE_DIVISIBLE * SIZE_DIVISIBLE
+        if short < SIZE_DIVISIBLE:
+            raise ConfigError(f"{takes}, and not even the smallest size fits. Use a smaller model or another device.")
+        raise ConfigError(f"{takes}: use min_size={short} (--min-size) or less.")
 
     def _what_fits(self, tensors: list[Tensor]) -> str:
         """Say what does fit in memory, by trying: halves of the batch first, then halves of the images' sides."""

@@ -129,8 +129,8 @@ class ImageStream(ABC):
         num_tensors = 0
         self._check_room(1)  # before the first is read
         H, W = self.preprocessing.image_size
-        ahead = min(DECODERS, PIXELS_AHEAD // (H * W))
-        for item in _ahead(self._prepare, _each(images), self.batch_size + ahead if ahead else 0):
+        num_ahead = min(DECODERS, PIXELS_AHEAD // (H * W))
+        for item in ahead(self._prepare, each(images), self.batch_size + num_ahead if num_ahead else 0):
             waiting.append(item)
             num_tensors += item.tensor is not None
             if num_tensors == self.batch_size:
@@ -251,7 +251,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _each(images: Source | Iterable[Source]) -> Iterator[tuple[int, Source]]:
+def each(images: Source | Iterable[Source]) -> Iterator[tuple[int, Source]]:
     """Number the images one by one, folders and patterns taken apart."""
     alone = isinstance(images, (str, os.PathLike, Image.Image, np.ndarray))
     index = 0
@@ -270,7 +270,7 @@ def _each(images: Source | Iterable[Source]) -> Iterator[tuple[int, Source]]:
             )
 
 
-def _ahead(
+def ahead(
     function: Callable[[tuple[int, Source]], Item], items: Iterator[tuple[int, Source]], num_ahead: int
 ) -> Iterator[Item]:
     """Map in threads, in order, at most ``num_ahead`` results ahead of what was taken."""

@@ -5,18 +5,17 @@ Drawn with Pillow alone, so that it is fast with hundreds of pictures and needs 
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from xcit.data.images import open_image
 from xcit.errors import DataError
 from xcit.report.colours import BLUE, GREEN, GREY, GRID, GROUND, INK, RED
+from xcit.report.lettering import drawable, font, shortened
 
 BOX = 184
 """Side in pixels of the square that each picture fits into."""
@@ -143,65 +142,16 @@ def _fitted(picture: Image.Image) -> Image.Image:
 def _write(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: str, width: int, *, size: int = TEXT
 ) -> None:
-    draw.text(at, _shortened(_drawable(text), width, size), fill=colour, font=_font(size))
+    draw.text(at, shortened(drawable(text), width, size), fill=colour, font=font(size))
 
 
 def _two_lines(name: str) -> list[str]:
     """Break a name that is too long for one line, at a separator if there is one; the second line is shortened."""
-    name = _drawable(name)
+    name = drawable(name)
     size = TEXT - 1
-    if _font(size).getlength(name) <= BOX:
+    if font(size).getlength(name) <= BOX:
         return [name]
-    fits = next(n for n in range(len(name) - 1, -1, -1) if _font(size).getlength(name[:n]) <= BOX)
+    fits = next(n for n in range(len(name) - 1, -1, -1) if font(size).getlength(name[:n]) <= BOX)
     breaks = [i + 1 for i in range(fits // 2, fits) if name[i] in "/_- ."]
     cut = breaks[-1] if breaks else fits
-    return [name[:cut], _shortened(name[cut:], BOX, size)]
-
-
-def _shortened(text: str, width: int, size: int) -> str:
-    """Return a text that is at most so many pixels wide, with dots for its middle: a name's end says most."""
-    font = _font(size)
-    if font.getlength(text) <= width:
-        return text
-    low, high = 0, len(text)  # how many characters may stay
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if font.getlength(_without_middle(text, middle)) <= width else (low, middle - 1)
-    return _without_middle(text, low)
-
-
-def _without_middle(text: str, length: int) -> str:
-    end = length * 2 // 3
-    return f"{text[: length - end]}...{text[len(text) - end :]}"
-
-
-def _drawable(text: str) -> str:
-    """Return a text with a question mark for each character that the font lacks or that is no letter at all."""
-    return "".join(letter if letter.isprintable() and _has_glyph(letter) else "?" for letter in text)
-
-
-@functools.lru_cache(maxsize=4096)
-def _has_glyph(letter: str) -> bool:
-    if letter.isascii():
-        return True
-    return _outline(letter) != _outline("\U0010ffff")  # which no font has: what it draws stands for all it lacks
-
-
-def _outline(letter: str) -> tuple[tuple[int, int], bytes]:
-    try:
-        mask = _font(TEXT).getmask(letter)
-    except (UnicodeError, OSError):
-        return (0, 0), b""
-    return mask.size, bytes(mask)
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return matplotlib's font, which has accents, Greek and Cyrillic, or else Pillow's own, which has ASCII."""
-    found = find_spec("matplotlib")  # which is not imported: that takes longer than the sheet
-    if found is not None and found.origin is not None:
-        try:
-            return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-        except OSError:
-            pass
-    return ImageFont.load_default(size)
+    return [name[:cut], shortened(name[cut:], BOX, size)]

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from xcit.errors import ConfigError, ShapeError
 from xcit.inference.detections import INSIDE, Detections
 from xcit.report.colours import GROUND
-from xcit.report.contact_sheet import _drawable, _font, _shortened
+from xcit.report.lettering import drawable, font, shortened
 
 MAX_SIDE = 2000
 """Pixels of the longer side of a picture, at most."""
@@ -178,20 +178,20 @@ def _draw_boxes(canvas: _Canvas, boxes: list[Rectangle], palette: list[Colour], 
 
 def _draw_words(canvas: _Canvas, boxes: list[Rectangle], palette: list[Colour], words: list[str]) -> None:
     """Write on each instance what it is; the surest last, so that nothing covers it, and first to choose its place."""
-    font = _font(canvas.letters)
+    letters = font(canvas.letters)
     pad_x, pad_y = max(3, canvas.letters // 3), max(1, canvas.letters // 6)
     height = round(canvas.letters * 1.2) + 2 * pad_y
     W, H = canvas.picture.size
-    texts = [_shortened(_drawable(each), W - 2 * pad_x, canvas.letters) for each in words]
+    texts = [shortened(drawable(each), W - 2 * pad_x, canvas.letters) for each in words]
     taken: list[Rectangle] = []
     for box, text in zip(boxes, texts, strict=True):
-        width = min(W, math.ceil(font.getlength(text)) + 2 * pad_x)
+        width = min(W, math.ceil(letters.getlength(text)) + 2 * pad_x)
         taken.append(_place(box, width, height, (W, H), taken))
     draw = ImageDraw.Draw(canvas.picture)
     for i in reversed(range(len(taken))):
         x0, y0, x1, y1 = taken[i]
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=palette[i])
-        draw.text((x0 + pad_x, y0 + pad_y), texts[i], fill=_readable_on(palette[i]), font=font)
+        draw.text((x0 + pad_x, y0 + pad_y), texts[i], fill=_readable_on(palette[i]), font=letters)
 
 
 def _place(box: Rectangle, width: int, height: int, size: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
