@@ -9,31 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 import xcit
 from xcit.cli.main import main
-from xcit.data.scene_sets import write_scenes
 from xcit.errors import ConfigError, DataError
 from xcit.evaluate.coco_ap import coco_figures
 from xcit.models.zoo import CHECKPOINTS
 from xcit.recipes.config_file import read_config
 from xcit.recipes.detection import detect_own, maskrcnn
-from xcit.recipes.detection_config import (
-    AnnotatedDataConfig,
-    DetectionAugmentConfig,
-    DetectionConfig,
-    DetectionOptimConfig,
-    DetectorConfig,
-)
 from xcit.recipes.detection_job import DetectionJob, augment_of, schedule_of
 from xcit.recipes.registry import RECIPES
 from xcit.recipes.run_folder import RunFolder, new_run, open_run
-from xcit.recipes.settings import ComputeConfig, check_config, write_config
+from xcit.recipes.settings import check_config, write_config
 from xcit.recipes.train import train
 from xcit.tasks.detection import DetectionTask, StepSchedule
 
 sys.path.insert(0, str(Path(__file__).parent))
+import detection_runs
 import runs
 
 
@@ -45,32 +39,12 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes") / "set"
-    write_scenes(root, 12, 3, 0, size=(64, 96), num_digits=(1, 2), height=(20, 40))
-    return root
+    return detection_runs.scenes(tmp_path_factory.mktemp("scenes") / "set")
 
 
 @pytest.fixture(scope="module")
 def tiny(scenes):
-    return DetectionConfig(
-        recipe="tiny",
-        seed=3,
-        epochs=2,
-        model=DetectorConfig(
-            name="xcit_nano_12_p16",
-            options={"depth": 3, "cls_attn_layers": 1, "embed_dim": 32, "num_heads": 2},
-            drop_path_rate=0.1,
-            out_channels=8, box_width=16, mask_channels=8, mask_convs=1,
-            box_samples=32, proposals=50, max_detections=10,
-        ),
-        data=AnnotatedDataConfig(root=str(scenes), image_size=64, max_size=128, val_fraction=0.2, num_workers=0),
-        augment=DetectionAugmentConfig(
-            min_short=48, max_short=64, short_step=16, crop_min_short=64, crop_max_short=96, crop_short_step=32,
-            crop_min=40, crop_max=64, jitter=0.1,
-        ),
-        optim=DetectionOptimConfig(batch_size=4, lr=1e-3, warmup_steps=1, first_decay=1, second_decay=2, ema_decay=0.5),
-        compute=ComputeConfig(device="cpu", checkpoint_minutes=0),
-    )  # fmt: skip
+    return detection_runs.tiny(scenes)
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +260,55 @@ def test_settings_that_contradict_each_other(tiny):
     settings = "augment.min_short is 96", "data.image_size is 256", "optim.first_decay is 3"
     for part in (*settings, "compute.compile", "channels_last=false"):
         assert part in str(error.value)
+
+
+def write_odd(root, scenes, *, size=(96, 64)):
+    """Write a set in which nothing is as it should be, and return its annotation file."""
+    shutil.copytree(scenes / "train", root / "train")
+    file = root / "train" / "annotations.json"
+    content = json.loads(file.read_text())
+    width, height = size
+    Image.new("RGB", size, (90, 120, 60)).save(root / "train" / "images" / "large.png", compress_level=1)
+    content["images"] += [
+        {"id": 100, "file_name": "large.png", "width": width, "height": height},
+        {"id": 101, "file_name": "gone.png", "width": 96, "height": 64},
+    ]
+    content["categories"].append({"id": 77, "name": "never seen"})
+    corner = {"segmentation": [[width - 1, height - 1, width, height - 1, width, height, width - 1, height]]}
+    for number, box, shape in (
+        (900, [width - 1, height - 1, 1, 1], corner),  # one pixel
+        (901, [0, 0, width, height], {"segmentation": [[0, 0, width, 0, width, height, 0, height]]}),
+    ):
+        one = {"id": number, "image_id": 100, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        content["annotations"].append(one | shape)
+    content["annotations"].append(content["annotations"][0] | {"id": 902, "image_id": 101})
+    file.write_text(json.dumps(content))
+    return file
+
+
+def odd(tiny, root, **data):
+    return replace(tiny, epochs=1, data=replace(tiny.data, root=str(root), **data))
+
+
+@pytest.mark.parametrize("size", [(96, 64), pytest.param((12_000, 9_000), marks=pytest.mark.slow)])
+def test_a_set_of_oddities_is_trained_on(tiny, scenes, tmp_path, size):
+    """A box of one pixel, a class without instances, an image that is listed and missing, one of 108 megapixels."""
+    root = tmp_path / "set"
+    write_odd(root, scenes, size=size)
+    run, console = new_run(tmp_path / "run"), Console(file=io.StringIO(), width=200)
+    train(odd(tiny, root, max_bad_fraction=0.2), run, console=console)
+    assert "without an instance to train on, never found: " in console.file.getvalue()
+    assert "gone.png" in run.skipped.read_text()
+    assert "large.png" not in run.skipped.read_text()
+    assert xcit.create_detector(run.model).num_classes == 11
+
+
+def test_a_set_without_a_valid_annotation_is_refused(tiny, scenes, tmp_path):
+    file = write_odd(tmp_path / "set", scenes)
+    content = json.loads(file.read_text())
+    for one in content["annotations"]:
+        one["bbox"] = [5, 5, 0, 3]
+        del one["segmentation"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"none of its 22 annotations can be used; .* xcit data check-coco"):
+        train(odd(tiny, tmp_path / "set"), new_run(tmp_path / "run"))

@@ -14,6 +14,7 @@ import pytest
 from xcit.recipes.settings import write_config
 
 sys.path.insert(0, str(Path(__file__).parent))
+import detection_runs
 import runs
 
 pytestmark = pytest.mark.slow
@@ -25,23 +26,26 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from xcit.recipes import checkpointing, classification_job, train as training
+from xcit.recipes import checkpointing, classification_job, detection_job, train as training
 from xcit.recipes.config_file import read_config
 from xcit.recipes.run_folder import open_run
 from xcit.tasks.classification import ClassificationTask
+from xcit.tasks.detection import DetectionTask
 
 torch.set_num_threads(1)
 kind, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-classification_job.write_report = lambda *_: None
+classification_job.write_report = detection_job.write_detection_report = lambda *_: None
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "step":  # when a training step begins
-    step = ClassificationTask.training_step
-    def killed_step(task, batch, batch_idx):
-        if task.global_step == number:
-            kill()
-        return step(task, batch, batch_idx)
-    ClassificationTask.training_step = killed_step
+    def killed(step):
+        def killed_step(task, batch, batch_idx):
+            if task.global_step == number:
+                kill()
+            return step(task, batch, batch_idx)
+        return killed_step
+    for kind_of_task in (ClassificationTask, DetectionTask):
+        kind_of_task.training_step = killed(kind_of_task.training_step)
 if kind == "write":  # half-way through the bytes of a saved state
     write, count = checkpointing.write_atomic, 0
     def killed_write(path, data):
@@ -79,18 +83,30 @@ def child(kind, number, folder):
 
 @pytest.mark.timeout(900)
 def test_killed_again_and_again_a_run_ends_bitwise_the_same(tmp_path):
+    draw = random.Random()  # other moments each time; the message names them
+    kills = [("step", draw.randint(1, 12)), ("write", draw.randint(2, 12)), ("rename", draw.randint(1, 12))]
+    kills += [("step", draw.randint(20, 30)), ("write", draw.randint(1, 4)), ("step", TOTAL - 2)]
+    assert_same_in_spite_of(kills, CONFIG, tmp_path)
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_run_of_detection_ends_bitwise_the_same(tmp_path):
+    tiny = detection_runs.tiny(detection_runs.scenes(tmp_path / "scenes"))
+    config = replace(tiny, compute=replace(tiny.compute, checkpoint_minutes=1e-9))
+    draw = random.Random()
+    kills = [("step", draw.randint(1, 2)), ("write", draw.randint(1, 4)), ("rename", draw.randint(1, 4)), ("step", 5)]
+    assert_same_in_spite_of(kills, config, tmp_path)
+
+
+def assert_same_in_spite_of(kills, config, tmp_path):
     from xcit.recipes.run_folder import RunFolder
 
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
     for each in (whole, run):
         each.root.mkdir()
-        write_config(CONFIG, each.config)
+        write_config(config, each.config)
     done = child("none", 0, whole.root)
     assert done.returncode == 0, done.stderr
-
-    draw = random.Random()  # other moments each time; the message names them
-    kills = [("step", draw.randint(1, 12)), ("write", draw.randint(2, 12)), ("rename", draw.randint(1, 12))]
-    kills += [("step", draw.randint(20, 30)), ("write", draw.randint(1, 4)), ("step", TOTAL - 2)]
     for kill in kills:
         killed = child(*kill, run.root)
         assert killed.returncode in (-signal.SIGKILL, 0), f"{kills}: {killed.stderr}"
