@@ -117,6 +117,10 @@ def test_damaged_and_foreign_files(tmp_path):
     xcit.save_checkpoint(xcit.create_model("xcit_nano_12_p16", num_classes=3), tmp_path / "e.safetensors")
     with pytest.raises(CheckpointError, match="holds no Mask R-CNN"):
         create_detector(tmp_path / "e.safetensors")
+    segmenter = xcit.create_segmenter("xcit_nano_12_p16", num_classes=3, head="sem_fpn", channels=8, fpn_channels=8)
+    xcit.save_segmenter(segmenter, tmp_path / "g.safetensors")
+    with pytest.raises(CheckpointError, match=r"g\.safetensors holds a segmenter; xcit\.create_segmenter\("):
+        create_detector(tmp_path / "g.safetensors")
     save_detector(small(), tmp_path / "f.safetensors")
     with pytest.raises(CheckpointError, match=r"a detector, not a classifier; xcit.create_detector opens it"):
         xcit.create_model(tmp_path / "f.safetensors")

@@ -251,7 +251,7 @@ def test_without_biases_and_position(small, images):
         ({"model": {"a": torch.zeros(1)}}, {"dino_network": "student"}, "no DINO training checkpoint"),
         ({"student": {"a": torch.zeros(1)}}, {}, "without a teacher"),
         ({"state_dict": {"backbone.a": torch.zeros(1), "roi_head.b": torch.zeros(1)}}, {}, "xcit.create_detector"),
-        ({"decode_head.conv.weight": torch.zeros(1)}, {}, "segmentation model"),
+        ({"decode_head.conv.weight": torch.zeros(1)}, {}, "xcit.create_segmenter opens it"),
     ],
 )
 def test_what_holds_no_such_weights(content, options, sentence):

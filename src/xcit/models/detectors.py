@@ -160,14 +160,16 @@ def read_detector(path_or_url: str | Path, *, sha256: str | None = None) -> Dete
     config, cfg = read_description(stored.metadata, name)
     if is_mmdet(state):
         state = from_mmdet(state)
-    shown = _shown(state)
-    if shown is None:
+    found = _shown(state) if config is None else config if config.get("task") == TASK else None
+    if found is None:
+        if config is not None and config.get("task") == "segmentation":
+            raise CheckpointError(f"{name} holds a segmenter; xcit.create_segmenter({name!r}) builds it.")
         first = ", ".join(repr(key) for key in list(state)[:3])
         raise CheckpointError(f"{name} holds no Mask R-CNN on an XCiT: its keys begin with {first}.")
-    if config is not None:
-        config = {key: value for key, value in config.items() if key != "task"}
+    if config is not None and not {"backbone", "taps", "num_classes"} <= config.keys():
+        raise CheckpointError(f"{name} has a damaged description of its model; save or download it again.")
     refuse_not_finite(state, name, "training has diverged or the file is damaged; use an earlier one")
-    return DetectorFile(name, state, config or shown, cfg or {})
+    return DetectorFile(name, state, {key: value for key, value in found.items() if key != "task"}, cfg or {})
 
 
 def reset_classes(model: MaskRCNN, num_classes: int) -> None:

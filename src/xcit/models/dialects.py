@@ -87,9 +87,7 @@ def to_official(content: Any, *, name: str, dino_network: Network | None = None,
     if any(key.startswith(_DETECTORS) for key in state):
         raise CheckpointError(f"{name} holds a detector, not a classifier; xcit.create_detector opens it.")
     if any(key.startswith(_SEGMENTERS) for key in state):
-        raise CheckpointError(
-            f"{name} holds a segmentation model; this version of xcit has classifiers, backbones and detectors."
-        )
+        raise CheckpointError(f"{name} holds a segmentation model, not a classifier; xcit.create_segmenter opens it.")
     if any(key.startswith("xca_layers.") for key in state):
         state, dialect = {_renamed(key, _MMPRETRAIN): tensor for key, tensor in state.items()}, "mmpretrain"
     elif any(key.startswith("pos_embed.") for key in state) or "cls_attn_blocks.0.attn.q.weight" in state:

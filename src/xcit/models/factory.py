@@ -60,8 +60,8 @@ def create_model(
 
     Raises:
         UnknownNameError: no such name; the message has the nearest ones.
-        ConfigError: unknown overrides, values that ``XCiT`` refuses, a released detector, which
-            ``xcit.models.detectors.create_detector`` builds, or a segmenter, which this version does not.
+        ConfigError: unknown overrides, values that ``XCiT`` refuses, a released detector or segmenter, which
+            ``create_detector`` and ``create_segmenter`` build.
         CheckpointError: the weights cannot be had or do not fit; a folder, or a file that is no checkpoint by its name.
     """
     check_overrides(overrides)
@@ -76,7 +76,7 @@ def create_model(
     if released and released.task not in _BUILDS:
         if released.task == "detection":
             raise ConfigError(f"{name} is a detector; create_detector({name!r}, ...) builds it.")
-        raise ConfigError(f"{name} is a segmentation model; these are not in this version.")
+        raise ConfigError(f"{name} is a segmentation model; create_segmenter({name!r}, ...) builds it.")
     if pretrained is False:
         classes = 1000 if released is None or released.label_set else 0
         config = {
