@@ -221,3 +221,23 @@ def test_workers_leave_a_core_to_the_model(monkeypatch):
     assert default_workers() == 7
     assert default_workers(2) == 3
     assert default_workers(8) == 0
+
+
+@pytest.mark.parametrize(("num_images", "steps"), [(7, 5), (40, 3), (3, 9)])
+def test_epochs_of_a_given_length_follow_one_pass_with_the_other(num_images, steps):
+    """Every ``num_images`` draws are each image once, wherever epochs begin; several processes draw the same."""
+    epochs = []
+    for epoch in range(6):
+        alone = EpochSampler(num_images, 4, seed=3, steps=steps)
+        shares = [EpochSampler(num_images, 4, seed=3, steps=steps, rank=r, world_size=2) for r in range(2)]
+        for sampler in (alone, *shares):
+            sampler.set_epoch(epoch)
+        draws = list(alone)
+        assert len(draws) == len(alone) == 4 * steps
+        assert draws == [draw for pair in zip(*shares, strict=True) for draw in pair]
+        alone.skip = 8
+        assert list(alone) == draws[8:]
+        epochs += draws
+    for begin in range(0, len(epochs) - num_images + 1, num_images):
+        assert sorted(draw.index for draw in epochs[begin : begin + num_images]) == list(range(num_images))
+    assert len({draw.seed for draw in epochs}) == len(epochs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from xcit.cli.data_coco import check_coco
+from xcit.cli.data_masks import check_masks
 from xcit.cli.data_scenes import scenes
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def data(
     status: Annotated[
         Annotated[int, subcommand("check", constructor=check)]
         | Annotated[int, subcommand("check-coco", constructor=check_coco)]
+        | Annotated[int, subcommand("check-masks", constructor=check_masks)]
         | Annotated[int, subcommand("digits", constructor=digits)]
         | Annotated[int, subcommand("scenes", constructor=scenes)],
         arg(name=""),
@@ -105,7 +107,8 @@ def data(
 ) -> int:
     """Check a data set before training on it, or write one to try things on.
 
-    Examples: `xcit data check photos/`, `xcit data check-coco instances.json`, or `xcit data digits --out digits`.
+    Examples: `xcit data check photos/`, `xcit data check-coco instances.json`, `xcit data check-masks street/`,
+    or `xcit data digits --out digits`.
     """
     return status
 

@@ -59,6 +59,8 @@ class TrainImages(Dataset[LabelledImages]):
             come from the global generators of Python, NumPy and torch.
     """
 
+    check = "xcit data check"
+
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images = images
         self.transform = transform

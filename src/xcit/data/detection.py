@@ -33,6 +33,16 @@ class AnnotatedImages(NamedTuple):
     counts for nothing."""
 
 
+def collate_annotated(items: Sequence[AnnotatedImages]) -> AnnotatedImages:
+    """Return the items as one batch."""
+    return AnnotatedImages(
+        tuple(image for item in items for image in item.images),
+        tuple(target for item in items for target in item.targets),
+        torch.cat([item.indices for item in items]),
+        torch.cat([item.decoded for item in items]),
+    )
+
+
 class TrainDetection(Dataset[AnnotatedImages]):
     """Annotated images to train on, distorted anew for each draw. Crowds are left out, as the released training did.
 
@@ -43,6 +53,9 @@ class TrainDetection(Dataset[AnnotatedImages]):
         augment: scales, crops and mirrors.
         with_masks: whether targets have masks; instances without one are then left out.
     """
+
+    collate = staticmethod(collate_annotated)
+    check = "xcit data check-coco"
 
     def __init__(self, images: CocoSet, augment: DetectionAugment, *, with_masks: bool) -> None:
         self.images = images
@@ -83,6 +96,8 @@ class TrainDetection(Dataset[AnnotatedImages]):
 class EvalDetection(Dataset[AnnotatedImages]):
     """Annotated images to judge a detector by, as they are: it scales them itself."""
 
+    collate = staticmethod(collate_annotated)
+
     def __init__(self, images: CocoSet) -> None:
         self.images = images
 
@@ -96,13 +111,3 @@ class EvalDetection(Dataset[AnnotatedImages]):
         except DataError:
             image, decoded = torch.zeros(3, 32, 32), False
         return AnnotatedImages((image,), ({},), torch.tensor([index]), torch.tensor([decoded]))
-
-
-def collate_annotated(items: Sequence[AnnotatedImages]) -> AnnotatedImages:
-    """Return the items as one batch."""
-    return AnnotatedImages(
-        tuple(image for item in items for image in item.images),
-        tuple(target for item in items for target in item.targets),
-        torch.cat([item.indices for item in items]),
-        torch.cat([item.decoded for item in items]),
-    )

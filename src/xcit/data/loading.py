@@ -5,20 +5,33 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from xcit.data.batches import Crops, LabelledImages
-from xcit.data.datasets import EvalImages, TrainImages
-from xcit.data.detection import AnnotatedImages, EvalDetection, TrainDetection, collate_annotated
-from xcit.data.multi_crop import CropImages
+from xcit.data.image_set import NamedImages
 from xcit.data.sampling import EpochSampler, ShareSampler
 from xcit.errors import DataError
 
 PREFETCH = 4
 """Batches that each worker process prepares ahead."""
+
+
+class TrainingImages(Protocol):
+    """Images for a ``TrainLoader``: a draw becomes an item, items a batch with ``indices`` and ``decoded``."""
+
+    @property
+    def images(self) -> NamedImages:
+        """What they are made of."""
+
+    @property
+    def check(self) -> str:
+        """The command that says what is wrong with them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draw: Any) -> Any: ...
 
 
 class TrainLoader(DataLoader[Any]):
@@ -37,12 +50,12 @@ class TrainLoader(DataLoader[Any]):
         bad: positions of images that could not be decoded so far.
     """
 
-    dataset: TrainImages | CropImages | TrainDetection
+    dataset: TrainingImages  # type: ignore[assignment]  # torch asks for its own class, and takes any
     sampler: EpochSampler
 
     def __init__(
         self,
-        dataset: TrainImages | CropImages | TrainDetection,
+        dataset: TrainingImages,
         sampler: EpochSampler,
         batch_size: int,
         *,
@@ -55,7 +68,7 @@ class TrainLoader(DataLoader[Any]):
         self.bad: set[int] = set()
         self._batches = 0
         super().__init__(
-            dataset,
+            dataset,  # type: ignore[arg-type]
             batch_size=batch_size,
             sampler=sampler,
             num_workers=num_workers,
@@ -85,7 +98,7 @@ class TrainLoader(DataLoader[Any]):
             self._batches += 1
             yield batch
 
-    def _note_bad(self, batch: LabelledImages | Crops | AnnotatedImages) -> None:
+    def _note_bad(self, batch: Any) -> None:
         self.bad.update(batch.indices[~batch.decoded].tolist())
         images = self.dataset.images
         if len(self.bad) > self.max_bad_fraction * len(images):
@@ -93,7 +106,7 @@ class TrainLoader(DataLoader[Any]):
             raise DataError(
                 f"{len(self.bad)} of {len(images)} training images cannot be decoded so far, more than "
                 f"data.max_bad_fraction={self.max_bad_fraction:g} allows (one is {name}). Look at them with "
-                f"xcit data check, or allow more."
+                f"{self.dataset.check}, or allow more."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,13 +124,13 @@ class TrainLoader(DataLoader[Any]):
         self.bad = set(state["bad"])
 
 
-def _collate_of(dataset: Dataset[Any]) -> Callable[[Any], Any] | None:
+def _collate_of(dataset: object) -> Callable[[Any], Any] | None:
     """Return what makes a batch of a dataset's items; None for torch's own way, which stacks images of one size."""
-    return collate_annotated if isinstance(dataset, TrainDetection | EvalDetection) else None
+    return getattr(dataset, "collate", None)
 
 
 def eval_loader(
-    dataset: EvalImages | EvalDetection,
+    dataset: Dataset[Any],
     batch_size: int,
     *,
     num_workers: int = 0,
@@ -138,7 +151,7 @@ def eval_loader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=ShareSampler(len(dataset), rank=rank, world_size=world_size),
+        sampler=ShareSampler(len(dataset), rank=rank, world_size=world_size),  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -168,6 +168,8 @@ class CropImages(Dataset[Crops]):
         transform: a Pillow image to its views, with random numbers from the global generators.
     """
 
+    check = "xcit data check"
+
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], tuple[Tensor, ...]]) -> None:
         self.images = images
         self.transform = transform

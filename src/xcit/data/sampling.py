@@ -66,7 +66,8 @@ def seeded(seed: int) -> Iterator[None]:
 class EpochSampler(Sampler[Draw]):
     """Draw the training images of an epoch in a random order, one process's share of them.
 
-    An epoch has as many steps as whole batches fit into the set; the images left over change from epoch to epoch. The
+    An epoch has as many steps as whole batches fit into the set; the images left over change from epoch to epoch. Or it
+    has a given number of steps: then one pass over all images follows the other, across the epochs' borders. The
     processes take turns, so that together they draw in each step what one alone would.
 
     Args:
@@ -75,6 +76,7 @@ class EpochSampler(Sampler[Draw]):
         seed: of the run.
         repeats: repeated augmentation: each image is drawn so often in a row, distorted differently, while the epoch
             keeps its length.
+        steps: an epoch has so many; 0 for as many as whole batches fit into the set. Not together with ``repeats``.
         rank: which process this is.
         world_size: how many there are; divides ``batch_size``.
 
@@ -96,10 +98,12 @@ class EpochSampler(Sampler[Draw]):
         *,
         seed: int,
         repeats: int = 1,
+        steps: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if num_images < batch_size:
+        assert not steps or repeats == 1
+        if num_images < batch_size and not steps:
             raise ConfigError(
                 f"There are {num_images} images to train on, fewer than the {batch_size} of one step; take a "
                 f"--batch-size of {num_images} or less."
@@ -108,6 +112,7 @@ class EpochSampler(Sampler[Draw]):
         self.batch_size = batch_size
         self.seed = seed
         self.repeats = repeats
+        self.steps = steps
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -116,7 +121,7 @@ class EpochSampler(Sampler[Draw]):
     @property
     def num_steps(self) -> int:
         """Steps an epoch."""
-        return self.num_images // self.batch_size
+        return self.steps or self.num_images // self.batch_size
 
     def __len__(self) -> int:
         """Return this process's draws in a whole epoch."""
@@ -128,11 +133,17 @@ class EpochSampler(Sampler[Draw]):
             self.epoch, self.skip = epoch, 0
 
     def __iter__(self) -> Iterator[Draw]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
         total = self.num_steps * self.batch_size
+        before = self.epoch * total if self.steps else 0  # draws since the pass with number 0 began
+        number, order = -1, np.empty(0, np.int64)
         for position in range(self.rank + self.skip * self.world_size, total, self.world_size):
-            index = int(order[position // self.repeats])
-            yield Draw(index, derive_seed(self.seed, self.epoch, position))
+            passes, place = divmod(before + position // self.repeats, self.num_images)
+            if passes != number:
+                number = passes
+                order = np.random.default_rng([self.seed, passes if self.steps else self.epoch]).permutation(
+                    self.num_images
+                )
+            yield Draw(int(order[place]), derive_seed(self.seed, self.epoch, position))
 
 
 class ShareSampler(Sampler[int]):
