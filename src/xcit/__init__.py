@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from xcit.inference.detector import Detector as Detector
     from xcit.inference.features import FeatureExtractor as FeatureExtractor
     from xcit.inference.predictor import Predictor as Predictor
+    from xcit.inference.segmenter import Segmenter as Segmenter
     from xcit.models.detectors import create_detector as create_detector
     from xcit.models.detectors import save_detector as save_detector
     from xcit.models.factory import create_model as create_model
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from xcit.models.factory import list_models as list_models
     from xcit.models.hub import push_to_hub as push_to_hub
     from xcit.models.pyramid import create_pyramid as create_pyramid
+    from xcit.models.segmenters import create_segmenter as create_segmenter
+    from xcit.models.segmenters import save_segmenter as save_segmenter
     from xcit.models.weights import load_checkpoint as load_checkpoint
     from xcit.models.weights import save_checkpoint as save_checkpoint
     from xcit.models.xcit import XCiT as XCiT
@@ -32,8 +35,11 @@ _HOME = {
     "Detector": "xcit.inference.detector",
     "FeatureExtractor": "xcit.inference.features",
     "Predictor": "xcit.inference.predictor",
+    "Segmenter": "xcit.inference.segmenter",
     "create_detector": "xcit.models.detectors",
     "save_detector": "xcit.models.detectors",
+    "create_segmenter": "xcit.models.segmenters",
+    "save_segmenter": "xcit.models.segmenters",
     "create_pyramid": "xcit.models.pyramid",
     "create_model": "xcit.models.factory",
     "from_timm": "xcit.models.factory",

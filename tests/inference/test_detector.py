@@ -500,7 +500,7 @@ def test_a_size_without_the_memory_for_it_is_refused_before_anything_is_scaled(m
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr("xcit.inference.devices.available_bytes", lambda device: 64 * 2**20)
     monkeypatch.setattr("xcit.inference.detector.to_tensor", lambda *_: pytest.fail("scaled"))
-    asked = r"An image of 20000 x 26667 px would take about [\d.]+ GiB of memory on cpu, where 64 MiB are free: use min_"
+    asked = r"An image of 20000 x 26667 px would take about [\d.]+ GiB of memory on cpu, where 64 MiB are free: use min"
     with pytest.raises(ConfigError, match=asked) as refused:
         Detector(model, min_size=20_000, max_size=30_000)(photo(480, 640))
     monkeypatch.undo()

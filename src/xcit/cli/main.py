@@ -22,8 +22,8 @@ from xcit import __version__
 from xcit.errors import XCiTError
 
 VERBS = (
-    *("predict", "detect", "train", "eval", "probe", "embed", "index", "search", "duplicates", "retrieval", "attend"),
-    *("data", "quickstart", "models", "info", "doctor"),
+    *("predict", "detect", "segment", "train", "eval", "probe", "embed", "index", "search", "duplicates", "retrieval"),
+    *("attend", "data", "quickstart", "models", "info", "doctor"),
 )
 """Each is the function of that name in the file of that name."""
 
