@@ -16,6 +16,7 @@ from xcit.recipes.settings import write_config
 sys.path.insert(0, str(Path(__file__).parent))
 import detection_runs
 import runs
+import segmentation_runs
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +27,17 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from xcit.recipes import checkpointing, classification_job, detection_job, train as training
+from xcit.recipes import checkpointing, classification_job, detection_job, segmentation_job, train as training
 from xcit.recipes.config_file import read_config
 from xcit.recipes.run_folder import open_run
 from xcit.tasks.classification import ClassificationTask
 from xcit.tasks.detection import DetectionTask
+from xcit.tasks.segmentation import SegmentationTask
 
 torch.set_num_threads(1)
 kind, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 classification_job.write_report = detection_job.write_detection_report = lambda *_: None
+segmentation_job.write_segmentation_report = lambda *_: None
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 if kind == "step":  # when a training step begins
@@ -44,7 +47,7 @@ if kind == "step":  # when a training step begins
                 kill()
             return step(task, batch, batch_idx)
         return killed_step
-    for kind_of_task in (ClassificationTask, DetectionTask):
+    for kind_of_task in (ClassificationTask, DetectionTask, SegmentationTask):
         kind_of_task.training_step = killed(kind_of_task.training_step)
 if kind == "write":  # half-way through the bytes of a saved state
     write, count = checkpointing.write_atomic, 0
@@ -90,11 +93,12 @@ def test_killed_again_and_again_a_run_ends_bitwise_the_same(tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_run_of_detection_ends_bitwise_the_same(tmp_path):
-    tiny = detection_runs.tiny(detection_runs.scenes(tmp_path / "scenes"))
+@pytest.mark.parametrize("tiny_run", [detection_runs.tiny, segmentation_runs.tiny])
+def test_a_killed_run_on_scenes_ends_bitwise_the_same(tmp_path, tiny_run):
+    tiny = tiny_run(detection_runs.scenes(tmp_path / "scenes"))
     config = replace(tiny, compute=replace(tiny.compute, checkpoint_minutes=1e-9))
     draw = random.Random()
-    kills = [("step", draw.randint(1, 2)), ("write", draw.randint(1, 4)), ("rename", draw.randint(1, 4)), ("step", 5)]
+    kills = [("step", draw.randint(1, 2)), ("write", draw.randint(1, 4)), ("rename", draw.randint(1, 4)), ("step", 3)]
     assert_same_in_spite_of(kills, config, tmp_path)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xcit.recipes.detection_job import DetectionResult
     from xcit.recipes.dino_job import DinoResult
     from xcit.recipes.run_folder import RunFolder
+    from xcit.recipes.segmentation_job import SegmentationResult
     from xcit.recipes.settings import RunConfig
 
 TRAIN_EXTRA = {
@@ -47,6 +48,7 @@ FLAGS = {
 FLAGS_OF_TASK: dict[str, dict[str, str]] = {
     "dino": {"image_size": "crops.global_size", "teacher": ""},
     "detection": {"teacher": ""},
+    "segmentation": {"teacher": ""},
 }
 """Where they mean another setting, or "" none."""
 WHILE_RESUMING = ("compute.", "log.")
@@ -76,7 +78,7 @@ def train(
     dry_run: Annotated[bool, FlagCreatePairsOff] = False,
     list: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> int:
-    """Train by a recipe: a classifier on your own images or as in the paper, or without labels (DINO).
+    """Train by a recipe: a classifier, a detector or a segmenter, or without labels (DINO).
 
     Examples: `xcit train finetune --data photos/`,
     `xcit train xcit_small_12_p16_224_dist --data /data/imagenet --devices 8`,
@@ -185,6 +187,9 @@ def show_result(metrics: Any, run: RunFolder, console: Console) -> None:
     if hasattr(metrics, "figures"):
         _show_detection(metrics, run, console)
         return
+    if hasattr(metrics, "overlap"):
+        _show_segmentation(metrics, run, console)
+        return
     part = "test" if "test" in json.loads(run.metrics.read_text(encoding="utf-8")) else "validation"
     kind = "held-out" if part == "test" else "validation"
     if hasattr(metrics, "accuracy_interval"):
@@ -244,8 +249,6 @@ def _show_dino(result: DinoResult, run: RunFolder, console: Console) -> None:
 
 def _show_detection(result: DetectionResult, run: RunFolder, console: Console) -> None:
     """Print COCO's figures of a run of detection."""
-    from rich.markup import escape
-
     from xcit.recipes.detection_report import percent
 
     kind = "held-out" if result.part == "test" else "validation"
@@ -258,13 +261,33 @@ def _show_detection(result: DetectionResult, run: RunFolder, console: Console) -
                 f"{kind} images",
                 soft_wrap=True,
             )
-    if result.part == "validation":
+    _show_rest(result.part, run, console, "detect", "found")
+
+
+def _show_segmentation(result: SegmentationResult, run: RunFolder, console: Console) -> None:
+    """Print the overlap of classes of a run of segmentation."""
+    from xcit.recipes.detection_report import percent
+
+    kind, found = "held-out" if result.part == "test" else "validation", result.overlap
+    console.print(
+        f"\n[bold]mIoU {percent(found.miou)}, {percent(found.aacc)} of the pixels right[/bold] on "
+        f"{result.num_images:,} {kind} images",
+        soft_wrap=True,
+    )
+    _show_rest(result.part, run, console, "segment", "seen")
+
+
+def _show_rest(part: str, run: RunFolder, console: Console, verb: str, out: str) -> None:
+    """Print where the report is and how the model is used."""
+    from rich.markup import escape
+
+    if part == "validation":
         console.print(
             "  [dim]the epoch was chosen on these images; data with a test part gives a fair figure[/dim]",
             soft_wrap=True,
         )
     model = _quoted(run.model)
-    facts = [("report", str(run.report)), ("try it", f"xcit detect IMAGE --model {model} --out found")]
+    facts = [("report", str(run.report)), ("try it", f"xcit {verb} IMAGE --model {model} --out {out}")]
     if run.skipped.exists():
         facts.append(("skipped", f"some images could not be decoded: {run.skipped}"))
     for what, value in facts:

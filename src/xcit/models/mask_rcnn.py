@@ -139,8 +139,8 @@ class MaskRCNN(GeneralizedRCNN):
         with_masks: False for boxes alone.
         box_samples: regions an image that the box head learns from.
         proposals: regions an image that are looked at.
-        min_anchor_iou: overlap (IoU) that an instance's best anchors must have to learn it in training. 0.3 as released,
-            by which squares of 17 pixels and less are not learned as proposals; with 0 all are.
+        min_anchor_iou: overlap (IoU) that an instance's best anchors must have to learn it. 0.3 as released, by which
+            squares of 17 pixels and less are not learned as proposals; with 0 all are.
         min_size: images are scaled so that the shorter side has so many pixels,
         max_size: and the longer at most so many.
         mean: of each channel of the images, whose values are 0 to 1.

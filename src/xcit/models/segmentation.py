@@ -97,6 +97,7 @@ def pixel_classifier(channels: int, num_classes: int) -> nn.Conv2d:
     """Return a new classifier of pixels: weights normal with standard deviation 0.01, bias 0."""
     layer = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 

@@ -15,8 +15,6 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from xcit.data.batches import Crops, LabelledImages
-from xcit.data.detection import AnnotatedImages
 from xcit.data.image_set import NamedImages
 from xcit.data.loading import TrainLoader
 from xcit.errors import CheckpointError, ConfigError, DataError
@@ -145,7 +143,7 @@ class RunKeeper(Callback):
         trainer: lightning.Trainer,
         pl_module: Task,
         outputs: Any,
-        batch: LabelledImages | Crops | AnnotatedImages,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Log, save and stop where it is time to.
@@ -184,9 +182,7 @@ class RunKeeper(Callback):
         stop, due_somewhere = wanted.tolist()
         return int(stop), bool(due_somewhere)
 
-    def _log_step(
-        self, trainer: lightning.Trainer, outputs: Any, batch: LabelledImages | Crops | AnnotatedImages
-    ) -> None:
+    def _log_step(self, trainer: lightning.Trainer, outputs: Any, batch: Any) -> None:
         assert self.lines is not None
         now, waited = time.perf_counter(), self.loader.wait_seconds
         passed = max(1e-9, now - self._lines_began)
@@ -209,7 +205,7 @@ class RunKeeper(Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
-        batch: LabelledImages | AnnotatedImages,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -364,9 +360,10 @@ def skipped_images(skipped: Mapping[str, set[int]], images: Mapping[str, NamedIm
     """Return part, name and reason of each image that could not be decoded, by trying once more."""
     rows = []
     for part, found in images.items():
+        opened = getattr(found, "open_pair", found.open)  # where masks may be broken too
         for index in sorted(skipped.get(part, ())):
             try:
-                found.open(index)
+                opened(index)
                 reason = "could be decoded at another time"
             except DataError as err:
                 reason = str(err)

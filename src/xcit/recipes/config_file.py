@@ -14,10 +14,16 @@ from xcit.errors import ConfigError
 from xcit.recipes.config import TrainConfig
 from xcit.recipes.detection_config import DetectionConfig
 from xcit.recipes.dino_config import DinoConfig
+from xcit.recipes.segmentation_config import SegmentationConfig
 from xcit.recipes.settings import RunConfig, build_config
 
 CONFIGS: Mapping[str, type[RunConfig]] = MappingProxyType(
-    {"classification": TrainConfig, "dino": DinoConfig, "detection": DetectionConfig}
+    {
+        "classification": TrainConfig,
+        "dino": DinoConfig,
+        "detection": DetectionConfig,
+        "segmentation": SegmentationConfig,
+    }
 )
 """What holds the settings of each task."""
 

@@ -64,7 +64,7 @@ def detect_scenes() -> DetectionConfig:
     """
     return DetectionConfig(
         recipe="detect_scenes",
-        epochs=24,
+        epochs=4,
         model=DetectorConfig(
             name="xcit_nano_12_p8",
             options={"depth": 4, "tokens_norm": True},

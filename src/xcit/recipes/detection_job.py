@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +16,20 @@ from xcit.data.coco_parts import open_coco_parts
 from xcit.data.detection import EvalDetection, TrainDetection
 from xcit.data.detection_augment import DetectionAugment
 from xcit.data.image_set import NamedImages
-from xcit.data.loading import TrainLoader, default_workers, eval_loader
-from xcit.data.sampling import EpochSampler
-from xcit.errors import CheckpointError, ConfigError, DataError
+from xcit.data.loading import eval_loader
+from xcit.errors import DataError
 from xcit.evaluate.coco_ap import CocoFigures, Kind
 from xcit.evaluate.detection import coco_truth
 from xcit.files import write_atomic
 from xcit.models.detectors import create_detector, read_detector, save_detector
 from xcit.models.mask_rcnn import MaskRCNN
-from xcit.models.zoo import CHECKPOINTS, find
+from xcit.models.zoo import CHECKPOINTS
 from xcit.recipes.checkpointing import RunKeeper, skipped_images, write_skipped
 from xcit.recipes.detection_config import DetectionConfig
 from xcit.recipes.detection_report import DetectionRecord, write_detection_report
 from xcit.recipes.dry_run import lr_lines, mib
-from xcit.recipes.job import Fact, Job, Share
+from xcit.recipes.initial_weights import architecture_of, backbone_source, whole_model
+from xcit.recipes.job import Fact, Job, Share, num_workers, train_loader
 from xcit.recipes.provenance import environment
 from xcit.recipes.run_folder import RunFolder
 from xcit.recipes.settings import check_config
@@ -95,30 +94,24 @@ class DetectionJob(Job):
         self.with_masks = train.has_masks and data.masks == "auto"
         torch.manual_seed(config.seed)
         model = build_detector(config, train, with_masks=self.with_masks)
-        sampler = EpochSampler(
-            len(train), optim.batch_size, seed=config.seed, rank=share.rank, world_size=share.world_size
-        )
-        self.workers = default_workers(config.compute.devices) if data.num_workers < 0 else data.num_workers
-        self.train_loader = TrainLoader(
+        self.train_loader = train_loader(
+            config,
             TrainDetection(train, augment_of(config), with_masks=self.with_masks),
-            sampler,
-            config.micro_batch_size,
-            num_workers=self.workers,
-            max_bad_fraction=data.max_bad_fraction,
+            share,
             pin_memory=pin_memory,
         )
         self.eval_batch_size = max(1, int(EVAL_BATCH_SIZE * (800 * 1333) / (data.image_size * data.max_size)))
         self.val_loader = eval_loader(
             EvalDetection(val),
             min(16, self.eval_batch_size),
-            num_workers=self.workers,
+            num_workers=num_workers(config),
             pin_memory=pin_memory,
             rank=share.rank,
             world_size=share.world_size,
         )
         self.task = DetectionTask(
             model,
-            schedule=schedule_of(config, sampler.num_steps),
+            schedule=schedule_of(config, self.train_loader.sampler.num_steps),
             val=val,
             weight_decay=optim.weight_decay,
             ema_decay=optim.ema_decay,
@@ -186,7 +179,7 @@ class DetectionJob(Job):
             write_skipped(skipped, self.images, run.skipped)
         names = dict(zip(images.category_ids.tolist(), images.class_names, strict=True))
         result = DetectionResult(figures, part, names, len(images) - len(bad), environment(device))
-        write_atomic(run.root / "results.json", json.dumps(results).encode())
+        write_atomic(run.results, json.dumps(results).encode())
         record = DetectionRecord(
             config=self.config,
             history=keeper.history,
@@ -211,7 +204,7 @@ class DetectionJob(Job):
         """Return COCO's figures of a set, the results that they are of, and which images could not be decoded."""
         results: list[dict[str, Any]] = []
         bad: set[int] = set()
-        loader = eval_loader(EvalDetection(images), min(16, self.eval_batch_size), num_workers=self.workers)
+        loader = eval_loader(EvalDetection(images), min(16, self.eval_batch_size), num_workers=num_workers(self.config))
         with torch.inference_mode():
             for batch in loader:
                 wanted = [i for i, decoded in enumerate(batch.decoded.tolist()) if decoded]
@@ -234,12 +227,7 @@ def build_detector(config: DetectionConfig, train: CocoSet, *, with_masks: bool)
         UnknownNameError, ConfigError, CheckpointError: as ``create_detector``.
     """
     wanted = config.model
-    architecture, released = find(wanted.name)
-    if released is not None:
-        raise ConfigError(
-            f"model.name is {wanted.name}, which means weights; name the architecture {architecture.id}, and the "
-            f"weights to begin with by --pretrained {wanted.name}."
-        )
+    architecture = architecture_of(wanted.name)
     options: dict[str, Any] = {
         "drop_path_rate": wanted.drop_path_rate,
         "min_size": config.data.image_size,
@@ -259,32 +247,16 @@ def build_detector(config: DetectionConfig, train: CocoSet, *, with_masks: bool)
         "mask_convs": wanted.mask_convs,
     }
     num_classes, source = len(train.class_names), wanted.pretrained
-    detector = _detector_source(source, architecture.id)
-    if detector is not None:
+    detector = whole_model(source, architecture.id, word="coco", task="detection", read=read_detector)
+    if isinstance(detector, str) and detector in CHECKPOINTS:
+        model = create_detector(detector, True, num_classes, **options)
+    elif detector is not None:
         model = create_detector(architecture.id, detector, num_classes, **options)
     else:
-        backbone: bool | str = {"none": False, "released": True}.get(source, source)
+        backbone = backbone_source(source)
         model = create_detector(architecture.id, num_classes=num_classes, backbone=backbone, **heads, **options)
     model.set_grad_checkpointing(wanted.grad_checkpointing)
     return model.train()
-
-
-def _detector_source(source: str, architecture: str) -> bool | str | None:
-    """Return what of a detector to begin with: True for the released one, a file; None if it is no detector's."""
-    if source == "coco":
-        return True
-    if source in CHECKPOINTS:
-        checkpoint = CHECKPOINTS[source]
-        if checkpoint.task == "detection" and checkpoint.architecture != architecture:
-            raise ConfigError(f"{source} is of {checkpoint.architecture}, not of {architecture}.")
-        return True if checkpoint.task == "detection" else None
-    if source in ("none", "released") or not os.path.exists(source):  # noqa: PTH110
-        return None
-    try:
-        read_detector(source)
-    except CheckpointError:
-        return None  # of a backbone, or damaged, which whoever reads it next will say
-    return source
 
 
 def augment_of(config: DetectionConfig) -> DetectionAugment:

@@ -116,7 +116,7 @@ def _training(record: DetectionRecord, run: RunFolder) -> list[Block]:
     best = max(record.history, key=lambda row: (row.get("mask_ap", 0.0), row["box_ap"]))
     figure = detection_figure(record.history, int(best["epoch"]))
     caption = "Losses of the distorted training images, and average precision on the validation images."
-    return [picture(saved(run.root / "curves.png", figure), "losses and average precision by epoch", caption)]
+    return [picture(saved(run.curves, figure), "losses and average precision by epoch", caption)]
 
 
 def _figures(record: DetectionRecord) -> Iterator[Block]:
@@ -153,7 +153,7 @@ def _pictures(record: DetectionRecord, run: RunFolder, model: MaskRCNN) -> list[
         buffer = io.BytesIO()
         drawn.save(buffer, format="JPEG", quality=88)
         name = record.images.file_names[index]
-        write_atomic(run.root / "detections" / f"{index:06d}.jpg", buffer.getvalue())
+        write_atomic(run.detections / f"{index:06d}.jpg", buffer.getvalue())
         truth = int((~record.images.instances(index, masks=False).crowd).sum())
         caption = f"{name}: {len(found)} found, {truth} annotated"
         thumbnails.append(Thumbnail([buffer.getvalue()], f"detections in {name}", caption))

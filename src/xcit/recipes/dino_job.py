@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xcit.data.loading import TrainLoader, default_workers
 from xcit.data.multi_crop import CropImages, CropRecipe, MultiCrop
 from xcit.data.preprocess import Preprocessing
-from xcit.data.sampling import EpochSampler
 from xcit.data.unlabelled import UnlabelledData, open_unlabelled
 from xcit.errors import ConfigError, DataError, XCiTError
 from xcit.evaluate.knn import KS, KNNResult, knn_probe
@@ -33,7 +31,7 @@ from xcit.recipes.checkpointing import RunKeeper, skipped_images
 from xcit.recipes.dino_config import DinoConfig
 from xcit.recipes.dino_report import DinoRecord, write_dino_report
 from xcit.recipes.dry_run import lr_lines, mib, rate_text
-from xcit.recipes.job import Fact, Job, Share
+from xcit.recipes.job import Fact, Job, Share, num_workers, train_loader
 from xcit.recipes.provenance import environment
 from xcit.recipes.run_folder import RunFolder
 from xcit.recipes.settings import check_config
@@ -117,20 +115,10 @@ class DinoJob(Job):
         torch.manual_seed(config.seed)
         backbone = build_backbone(config)
         self.preprocessing = _preprocessing(config, backbone, self.data)
-        sampler = EpochSampler(
-            len(self.data.train),
-            config.optim.batch_size,
-            seed=config.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-        )
-        self.workers = default_workers(config.compute.devices) if data.num_workers < 0 else data.num_workers
-        self.train_loader = TrainLoader(
+        self.train_loader = train_loader(
+            config,
             CropImages(self.data.train, MultiCrop(crop_recipe(config), self.preprocessing)),
-            sampler,
-            config.micro_batch_size,
-            num_workers=self.workers,
-            max_bad_fraction=data.max_bad_fraction,
+            share,
             pin_memory=pin_memory,
         )
         head = config.head
@@ -277,7 +265,7 @@ class DinoJob(Job):
             max_bank=probe.max_images,
             max_queries=probe.max_images,
             max_bad_fraction=self.config.data.max_bad_fraction,
-            num_workers=self.workers,
+            num_workers=num_workers(self.config),
         )
 
     def collapse(self, history: Sequence[Mapping[str, float]]) -> str | None:

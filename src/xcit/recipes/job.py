@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from xcit.data.image_set import NamedImages
-from xcit.data.loading import TrainLoader
+from xcit.data.loading import TrainingImages, TrainLoader, default_workers
+from xcit.data.sampling import EpochSampler
 from xcit.recipes.run_folder import RunFolder
+from xcit.recipes.settings import RunConfig
 from xcit.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -73,3 +75,42 @@ class Job(ABC):
 
         ``run.metrics`` is written last: it says that the run is complete.
         """
+
+
+def num_workers(config: RunConfig) -> int:
+    """Return how many processes prepare images for each process of the run."""
+    wanted: int = config.data.num_workers
+    return default_workers(config.compute.devices) if wanted < 0 else wanted
+
+
+def train_loader(
+    config: RunConfig, dataset: TrainingImages, share: Share, *, pin_memory: bool, steps: int = 0
+) -> TrainLoader:
+    """Return one process's batches of a run.
+
+    Args:
+        config: says how large a batch is, and how many images may be broken.
+        dataset: the images, which draws are made of.
+        share: which process this is.
+        pin_memory: lay batches where CUDA can fetch them.
+        steps: of an epoch; 0 for one pass over the images.
+
+    Raises:
+        ConfigError: fewer images than a batch.
+    """
+    sampler = EpochSampler(
+        len(dataset),
+        config.optim.batch_size,
+        seed=config.seed,
+        steps=steps,
+        rank=share.rank,
+        world_size=share.world_size,
+    )
+    return TrainLoader(
+        dataset,
+        sampler,
+        config.micro_batch_size,
+        num_workers=num_workers(config),
+        max_bad_fraction=config.data.max_bad_fraction,
+        pin_memory=pin_memory,
+    )

@@ -13,6 +13,7 @@ from xcit.recipes.dino import dino_recipes
 from xcit.recipes.finetune import own_recipes
 from xcit.recipes.imagenet import imagenet_recipes
 from xcit.recipes.recipe import Recipe
+from xcit.recipes.segmentation import segmentation_recipes
 from xcit.recipes.transfer import transfer_recipes
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -23,6 +24,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             *digits_recipes(),
             *dino_recipes(),
             *detection_recipes(),
+            *segmentation_recipes(),
             *imagenet_recipes(),
             *transfer_recipes(),
             *ablation_recipes(),

@@ -117,6 +117,21 @@ class RunFolder:
         """A few held-out images as files."""
         return self.root / "samples"
 
+    @property
+    def results(self) -> Path:
+        """What a detector found in the images that it was judged by, in COCO's format."""
+        return self.root / "results.json"
+
+    @property
+    def detections(self) -> Path:
+        """Pictures of what a detector found."""
+        return self.root / "detections"
+
+    @property
+    def segmentations(self) -> Path:
+        """Pictures of what a segmenter saw, and of the masks."""
+        return self.root / "segmentations"
+
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else; of a run that is gone on with, its unfinished files only.
 
@@ -125,14 +140,17 @@ class RunFolder:
         """
         # The settings go last: until then the folder still counts as a run that may be overwritten.
         finished = () if self.resume else (
-            *self.samples.glob("*.png"), self.metrics, self.report, self.curves, self.confusion, self.attention,
+            *self.samples.glob("*.png"), *self.detections.glob("*.jpg"), *self.segmentations.glob("*.jpg"),
+            self.results, self.metrics, self.report, self.curves, self.confusion, self.attention,
             self.heads, self.neighbours, self.dino, self.last, self.model, self.last_model, self.ema_model,
             self.history, self.log, self.provenance, self.skipped, self.config,
         )  # fmt: skip
         try:
             if not self.resume:
                 shutil.rmtree(self.loggers, ignore_errors=True)
-            for path in (*self.root.glob(".*.partial"), *self.samples.glob(".*.partial"), *finished):
+            folders = (self.root, self.samples, self.detections, self.segmentations)
+            unfinished = [path for folder in folders for path in folder.glob(".*.partial")]
+            for path in (*unfinished, *finished):
                 path.unlink(missing_ok=True)
         except OSError as err:
             raise ExportError(f"{err.filename} cannot be removed: {err.strerror}. Name another folder.") from err

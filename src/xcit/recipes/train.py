@@ -34,6 +34,8 @@ from xcit.recipes.progress import TrainingProgress
 from xcit.recipes.provenance import note_session
 from xcit.recipes.quiet import quiet_lightning
 from xcit.recipes.run_folder import RunFolder
+from xcit.recipes.segmentation_config import SegmentationConfig
+from xcit.recipes.segmentation_job import SegmentationJob
 from xcit.recipes.settings import RunConfig, write_config
 from xcit.tasks.task import DivergedError
 
@@ -61,6 +63,8 @@ def open_job(config: RunConfig, share: Share | None = None, *, pin_memory: bool 
         return DinoJob(config, share, pin_memory=pin_memory)
     if isinstance(config, DetectionConfig):
         return DetectionJob(config, share, pin_memory=pin_memory)
+    if isinstance(config, SegmentationConfig):
+        return SegmentationJob(config, share, pin_memory=pin_memory)
     assert isinstance(config, TrainConfig)
     return ClassificationJob(config, share, pin_memory=pin_memory)
 
@@ -82,8 +86,8 @@ def train(config: RunConfig, run: RunFolder, *, console: Console | None = None) 
     Returns:
         The figures that the task's job concludes with: of a classifier ``ClassificationMetrics`` or
         ``MultiLabelMetrics`` on the test part, or where the data has none on the part that the epoch was chosen by; of
-        DINO ``DinoResult``, of a detector ``DetectionResult``. They stand in the run's ``metrics.json`` as well. None
-        in all processes of the run but the first.
+        DINO ``DinoResult``, of a detector ``DetectionResult``, of a segmenter ``SegmentationResult``. They stand in the
+        run's ``metrics.json`` as well. None in all processes of the run but the first.
 
     Raises:
         ConfigError: settings that are out of range or do not go together.

@@ -1,0 +1,243 @@
+"""Semantic segmentation: a segmenter and a batch of masked images give a loss, and an epoch the overlap of classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from xcit.data.mask_set import IGNORE
+from xcit.data.segmentation import MaskedImages
+from xcit.evaluate.segmentation import SegmentationFigures, confusion, segmentation_figures
+from xcit.inference.segment_image import segment_image
+from xcit.models.segmentation import SegmentationModel, resize
+from xcit.tasks.optim import build_optimizer
+from xcit.tasks.task import Task
+
+
+class PolySchedule(NamedTuple):
+    """The learning rate over the steps: a power of what is left of the run, times a linear rise at its beginning."""
+
+    lr: float
+    """What it would begin with if it did not rise."""
+    min_lr: float
+    """Where it ends."""
+    power: float
+    """1 falls in a straight line."""
+    warmup_ratio: float
+    """Factor at step 0."""
+    warmup_steps: int
+    """Length of the rise, at whose end the factor is 1."""
+    total_steps: int
+    """Length of all."""
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of a step.
+
+        Source: mmcv's ``poly`` policy with a linear warm-up, which multiplies the falling rate.
+        """
+        left = max(0.0, 1 - step / self.total_steps)
+        rate = (self.lr - self.min_lr) * left**self.power + self.min_lr
+        if step < self.warmup_steps:
+            rate *= self.warmup_ratio + (1 - self.warmup_ratio) * step / self.warmup_steps
+        return rate
+
+
+class PolyScheduler(Scheduler):
+    """Sets an optimiser's learning rate by a ``PolySchedule``; has set that of step 0."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, plan: PolySchedule) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = plan.lr
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.plan = plan
+        self.step_update(num_updates=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a rate follows from its step alone."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def _get_lr(self, t: int) -> list[float]:
+        return [self.plan.at(t)] * len(self.base_values)
+
+
+def segmentation_decay(model: torch.nn.Module) -> dict[str, bool]:
+    """Return by name whether weight decay applies to a parameter: to all whose name does not hold "norm".
+
+    That is the released configuration's rule. Batch norms are named ``bn`` or by a number, and decay, as do biases,
+    temperatures and LayerScale.
+    """
+    return {name: "norm" not in name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def pixel_loss(
+    logits: Float[Tensor, "batch classes rows columns"], masks: Int64[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy of the logits at the size of the masks, the mean over all pixels, ignored ones included.
+
+    An ignored pixel adds nothing to the sum and one to what it is divided by: a crop half of which is padding weighs
+    half, as in the released training.
+
+    Source: mmsegmentation 0.11's cross-entropy, whose mean is over what the loss was computed for, ignored or not.
+    """
+    # Bilinear weights and log-softmax in half precision lose what the loss lives on.
+    whole = resize(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, masks.shape[-2:])
+    return F.cross_entropy(whole, masks, ignore_index=IGNORE, reduction="sum") / masks.numel()
+
+
+class SegmentationTask(Task):
+    """Train a segmenter.
+
+    Figures of an epoch: ``train_loss``, with an auxiliary head the two that it is the sum of, before the second's weight
+    (``train_loss_decode``, ``train_loss_auxiliary``), and of the validation images ``miou``, ``macc``, ``aacc``; with
+    averaged weights ``ema_...`` of those.
+
+    Args:
+        model: the segmenter.
+        schedule: of the learning rate.
+        weight_decay: of the parameters that ``segmentation_decay`` names.
+        auxiliary_weight: of the auxiliary head's loss.
+        ema_decay: decay a step of the averaged weights; 0 keeps none.
+        seed: of the run.
+
+    Source: the released segmentation configurations (AdamW, betas 0.9 and 0.999; auxiliary loss times 0.4).
+    """
+
+    model: SegmentationModel
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        *,
+        schedule: PolySchedule,
+        weight_decay: float = 0.01,
+        auxiliary_weight: float = 0.4,
+        ema_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed=seed)
+        self.model = model
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.auxiliary_weight = auxiliary_weight
+        self.decay = segmentation_decay(model)
+        self.ema = ModelEmaV3(model, decay=ema_decay).requires_grad_(False) if ema_decay else None
+        self.evaluation: dict[str, SegmentationFigures] = {}
+        self._parts: dict[str, float | Tensor] = {}
+        self._matrices: dict[str, Tensor] = {}
+        self.train()
+
+    def train(self, mode: bool = True) -> SegmentationTask:
+        """Switch to training; averaged weights stay in evaluation mode."""
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
+
+    def training_step(self, batch: MaskedImages, batch_idx: int) -> Tensor:
+        """Return the loss of one batch.
+
+        Raises:
+            DivergedError: it is not a number any more.
+        """
+        assert isinstance(batch.images, Tensor)
+        assert isinstance(batch.masks, Tensor)
+        logits, auxiliary = self.model.forward_auxiliary(batch.images)
+        loss = pixel_loss(logits, batch.masks)
+        parts = {}
+        if auxiliary is not None:
+            parts = {"loss_decode": loss, "loss_auxiliary": pixel_loss(auxiliary, batch.masks)}
+            loss = loss + self.auxiliary_weight * parts["loss_auxiliary"]
+        self.watch(loss.detach(), len(batch.images))
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value.detach().double() * len(batch.images)
+        return loss
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Make a step, then average the weights: before any callback saves the state."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the running epoch has summed up so far."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["losses_so_far"] = {name: float(value) for name, value in self._parts.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with those sums."""
+        super().on_load_checkpoint(checkpoint)
+        self._parts = dict(checkpoint["losses_so_far"])
+
+    # --- validation --------------------------------------------------------------------------------------------------
+
+    def _judged(self) -> dict[str, SegmentationModel]:
+        """Return the models that are validated, by the prefix of their figures."""
+        return {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count, and make sure that what is validated is sound."""
+        self.check_finite()
+        K = self.model.num_classes
+        self._matrices = {prefix: torch.zeros(K, K, dtype=torch.int64) for prefix in self._judged()}
+
+    def validation_step(self, batch: MaskedImages, batch_idx: int) -> None:
+        """Count the pixels of one batch by what they are and what they are taken for."""
+        for prefix, model in self._judged().items():
+            self._matrices[prefix] += counted(model, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Put the epoch's figures together, over all processes.
+
+        Raises:
+            DivergedError: the weights are not numbers any more.
+        """
+        count = max(1.0, float(self.over_processes(torch.tensor([float(self._loss_count)]))[0]))
+        names = [name for name in ("loss_decode", "loss_auxiliary") if name in self._parts]
+        sums = self.over_processes(torch.tensor([float(self._parts[name]) for name in names], dtype=torch.float64))
+        self.figures = {"train_loss": self.take_train_loss()}
+        self.figures |= {f"train_{name}": value / count for name, value in zip(names, sums.tolist(), strict=True)}
+        self._parts = {}
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            self.refuse("weights", math.nan, self.global_step, self.current_epoch, self.lr())
+        for prefix, matrix in self._matrices.items():
+            whole = torch.stack(self.gathered(matrix)).sum(0)  # whole numbers, too large for the sums of float32
+            found = self.evaluation[prefix] = segmentation_figures(whole)
+            self.figures |= {f"{prefix}{name}": _number(getattr(found, name)) for name in ("miou", "macc", "aacc")}
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and its schedule in the form that Lightning expects."""
+        optimizer = build_optimizer(
+            self.model, opt="adamw", lr=self.schedule.lr, weight_decay=self.weight_decay, table=self.decay
+        )
+        scheduler = PolyScheduler(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @staticmethod
+    def merit(row: Mapping[str, float], prefix: str = "") -> tuple[float, ...]:
+        """Return the mean overlap of the classes, and of equals the share of right pixels."""
+        return row[f"{prefix}miou"], row[f"{prefix}aacc"]
+
+
+def counted(model: SegmentationModel, batch: MaskedImages) -> Int64[Tensor, "classes classes"]:
+    """Return the confusion matrix of a batch for evaluation, each image at its own size; broken ones count nothing."""
+    matrix = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
+    for image, mask, decoded in zip(batch.images, batch.masks, batch.decoded.tolist(), strict=True):
+        if decoded:
+            matrix += confusion(segment_image(model, image.cpu()).labels, mask, model.num_classes)
+    return matrix
+
+
+def _number(value: float) -> float:
+    """Return a figure as a number that epochs can be compared by; 0 where every pixel was ignored."""
+    return 0.0 if math.isnan(value) else value
