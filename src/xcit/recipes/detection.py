@@ -116,9 +116,9 @@ def detection_recipes() -> Iterator[Recipe]:
         summary="a small detector on the embedded scenes of digits (xcit data scenes)",
         source="this package",
         target="box AP50 of 80 %, mask AP50 of 75 %",
-        cost="",
-        status="not run",
-        notes="",
+        cost="56 min of CPU time, 34 min on two cores",
+        status="reproduced",
+        notes="Box AP50 92.8 %, mask AP50 91.9 % on 200 held-out scenes (docs/detection.md).",
     )
     for stem, checkpoint in CHECKPOINTS.items():
         if checkpoint.task != "detection":
