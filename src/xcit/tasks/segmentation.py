@@ -98,7 +98,7 @@ def pixel_loss(
 class SegmentationTask(Task):
     """Train a segmenter.
 
-    Figures of an epoch: ``train_loss``, with an auxiliary head the two that it is the sum of, before the second's weight
+    Figures of an epoch: ``train_loss``, with an auxiliary head the two that it is made of, before the second's weight
     (``train_loss_decode``, ``train_loss_auxiliary``), and of the validation images ``miou``, ``macc``, ``aacc``; with
     averaged weights ``ema_...`` of those.
 
