@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from xcit.models.detectors import create_detector
-from xcit.tasks.detection import StepSchedule, build_step_schedule, detected, detection_decay
+from xcit.tasks.dense import norm_spared_decay
+from xcit.tasks.detection import StepSchedule, build_step_schedule, detected
 
 
 def test_only_layer_norms_are_spared_from_decay():
     model = create_detector("xcit_nano_12_p16", num_classes=2, out_channels=8, box_width=8, mask_channels=8)
-    spared = {name for name, decayed in detection_decay(model).items() if not decayed}
+    spared = {name for name, decayed in norm_spared_decay(model).items() if not decayed}
     norms = {
         f"{name}.{kind}"
         for name, module in model.named_modules()
@@ -22,7 +23,7 @@ def test_only_layer_norms_are_spared_from_decay():
     }
     assert spared == norms
     assert len(norms) == 12 * 3 * 2
-    decayed = set(detection_decay(model)) - spared
+    decayed = set(norm_spared_decay(model)) - spared
     assert {"backbone.body.blocks.0.attn.temperature", "backbone.body.blocks.0.gamma1"} <= decayed
     assert "backbone.body.patch_embed.proj.0.1.weight" in decayed  # a batch norm, which is not called norm
 

@@ -10,13 +10,13 @@ from torch import nn
 from xcit.data.mask_set import IGNORE
 from xcit.data.segmentation import MaskedImages
 from xcit.models.segmenters import create_segmenter
+from xcit.tasks.dense import norm_spared_decay
 from xcit.tasks.segmentation import (
     PolySchedule,
     PolyScheduler,
     SegmentationTask,
     counted,
     pixel_loss,
-    segmentation_decay,
 )
 
 SMALL = {"embed_dim": 32, "num_heads": 2, "depth": 4, "cls_attn_layers": 1}
@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_all_pixels_ignored_ones_included():
 
 def test_only_layer_norms_are_spared_from_decay():
     model = small("upernet", auxiliary_channels=8)
-    spared = {name for name, decayed in segmentation_decay(model).items() if not decayed}
+    spared = {name for name, decayed in norm_spared_decay(model).items() if not decayed}
     norms = {
         f"{name}.{kind}"
         for name, module in model.named_modules()
@@ -68,7 +68,7 @@ def test_only_layer_norms_are_spared_from_decay():
         for kind in ("weight", "bias")
     }
     assert spared == norms
-    assert "decode_head.conv_seg.bias" in segmentation_decay(model)
+    assert "decode_head.conv_seg.bias" in norm_spared_decay(model)
 
 
 @pytest.mark.parametrize(("power", "min_lr"), [(1.0, 0.0), (0.9, 1e-6)])

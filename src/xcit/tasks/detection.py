@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from xcit.data.coco import CocoSet
@@ -16,8 +14,9 @@ from xcit.data.detection import AnnotatedImages
 from xcit.evaluate.coco_ap import CocoFigures, Kind, coco_figures
 from xcit.evaluate.detection import coco_results, coco_truth
 from xcit.models.mask_rcnn import MaskRCNN
+from xcit.tasks.dense import DenseTask, number
 from xcit.tasks.optim import build_optimizer, build_schedule
-from xcit.tasks.task import Schedule, Task
+from xcit.tasks.task import Schedule
 
 DECAY_RATE = 0.1
 """What each step of the schedule leaves of the learning rate."""
@@ -39,16 +38,7 @@ class StepSchedule(NamedTuple):
     """Length of all."""
 
 
-def detection_decay(model: torch.nn.Module) -> dict[str, bool]:
-    """Return by name whether weight decay applies to a parameter: to all whose name does not hold "norm".
-
-    That is the released configuration's rule. The batch norms of stem, LPI and pyramid are named otherwise, and decay,
-    as do biases, temperatures and LayerScale.
-    """
-    return {name: "norm" not in name for name, p in model.named_parameters() if p.requires_grad}
-
-
-class DetectionTask(Task):
+class DetectionTask(DenseTask):
     """Train a Mask R-CNN.
 
     Figures of an epoch: ``train_loss``, the five losses that it is the sum of, and of the validation images ``box_ap``,
@@ -58,7 +48,7 @@ class DetectionTask(Task):
         model: the detector.
         schedule: of the learning rate: steps as released, or a cosine.
         val: what is validated on; None for nothing.
-        weight_decay: of the parameters that ``detection_decay`` names.
+        weight_decay: of the parameters that ``norm_spared_decay`` names.
         ema_decay: decay a step of the averaged weights; 0 keeps none.
         seed: of the run.
 
@@ -77,25 +67,12 @@ class DetectionTask(Task):
         ema_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed=seed)
-        self.model = model
+        super().__init__(model, weight_decay=weight_decay, ema_decay=ema_decay, seed=seed)
         self.schedule = schedule
         self.val = val
-        self.weight_decay = weight_decay
-        self.decay = detection_decay(model)
-        self.ema = ModelEmaV3(model, decay=ema_decay).requires_grad_(False) if ema_decay else None
         self.evaluation: dict[str, dict[Kind, CocoFigures]] = {}
-        self._parts: dict[str, float | Tensor] = {}
         self._results: dict[str, list[dict[str, Any]]] = {"": [], "ema_": []}
         self._seen: list[int] = []
-        self.train()
-
-    def train(self, mode: bool = True) -> DetectionTask:
-        """Switch to training; averaged weights stay in evaluation mode."""
-        super().train(mode)
-        if self.ema is not None:
-            self.ema.eval()
-        return self
 
     def training_step(self, batch: AnnotatedImages, batch_idx: int) -> Tensor:
         """Return the sum of the losses of one batch.
@@ -106,25 +83,8 @@ class DetectionTask(Task):
         losses = self.model(list(batch.images), list(batch.targets))
         loss = torch.stack(list(losses.values())).sum()
         self.watch(loss.detach(), len(batch.images))
-        for name, value in losses.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value.detach().double() * len(batch.images)
+        self.note_parts(losses, len(batch.images))
         return loss
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Make a step, then average the weights: before any callback saves the state."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.model)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the running epoch has summed up so far."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["losses_so_far"] = {name: float(value) for name, value in self._parts.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with those sums."""
-        super().on_load_checkpoint(checkpoint)
-        self._parts = dict(checkpoint["losses_so_far"])
 
     # --- validation --------------------------------------------------------------------------------------------------
 
@@ -141,9 +101,8 @@ class DetectionTask(Task):
             return
         images, indices = [batch.images[i] for i in wanted], [int(batch.indices[i]) for i in wanted]
         self._seen += indices
-        for prefix, model in (("", self.model), ("ema_", self.ema.module if self.ema is not None else None)):
-            if model is not None:
-                self._results[prefix] += detected(model, images, indices, self.val)
+        for prefix, model in self.judged().items():
+            self._results[prefix] += detected(model, images, indices, self.val)
 
     def on_validation_epoch_end(self) -> None:
         """Put the epoch's figures together, over all processes.
@@ -152,24 +111,17 @@ class DetectionTask(Task):
             DivergedError: the weights are not numbers any more.
         """
         assert self.val is not None
-        count = max(1.0, float(self.over_processes(torch.tensor([float(self._loss_count)]))[0]))
-        names = [name for name in LOSSES if name in self._parts]
-        sums = self.over_processes(torch.tensor([float(self._parts[name]) for name in names], dtype=torch.float64))
-        self.figures = {"train_loss": self.take_train_loss()}
-        self.figures |= {f"train_{name}": value / count for name, value in zip(names, sums.tolist(), strict=True)}
-        self._parts = {}
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            self.refuse("weights", math.nan, self.global_step, self.current_epoch, self.lr())
+        self.figures = self.take_losses(LOSSES)
         seen = sorted(index for part in self.gathered(self._seen) for index in part)
         truth = coco_truth(self.val, seen)
-        for prefix in ("", "ema_") if self.ema is not None else ("",):
+        for prefix in self.judged():
             results = [row for part in self.gathered(self._results[prefix]) for row in part]
             results.sort(key=lambda row: row["image_id"])  # the same order from any number of processes
             found = self.evaluation[prefix] = evaluated(truth, results, masks=self.model.roi_heads.has_mask())
             for kind, figures in found.items():
                 word = {"bbox": "box", "segm": "mask"}[kind]
-                self.figures[f"{prefix}{word}_ap"] = _number(figures.ap)
-                self.figures[f"{prefix}{word}_ap50"] = _number(figures.ap50)
+                self.figures[f"{prefix}{word}_ap"] = number(figures.ap)
+                self.figures[f"{prefix}{word}_ap50"] = number(figures.ap50)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule in the form that Lightning expects."""
@@ -225,8 +177,3 @@ def evaluated(truth: dict[str, Any], results: list[dict[str, Any]], *, masks: bo
     """Return COCO's figures of boxes, and of masks where there are any."""
     kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
     return {kind: coco_figures(truth, results, kind) for kind in kinds}
-
-
-def _number(value: float) -> float:
-    """Return a figure as a number that epochs can be compared by; 0 where there was nothing to find."""
-    return 0.0 if math.isnan(value) else value

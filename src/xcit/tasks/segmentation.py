@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from xcit.data.mask_set import IGNORE
@@ -18,8 +16,8 @@ from xcit.data.segmentation import MaskedImages
 from xcit.evaluate.segmentation import SegmentationFigures, confusion, segmentation_figures
 from xcit.inference.segment_image import segment_image
 from xcit.models.segmentation import SegmentationModel, resize
+from xcit.tasks.dense import DenseTask, number
 from xcit.tasks.optim import build_optimizer
-from xcit.tasks.task import Task
 
 
 class PolySchedule(NamedTuple):
@@ -71,15 +69,6 @@ class PolyScheduler(Scheduler):
         return [self.plan.at(t)] * len(self.base_values)
 
 
-def segmentation_decay(model: torch.nn.Module) -> dict[str, bool]:
-    """Return by name whether weight decay applies to a parameter: to all whose name does not hold "norm".
-
-    That is the released configuration's rule. Batch norms are named ``bn`` or by a number, and decay, as do biases,
-    temperatures and LayerScale.
-    """
-    return {name: "norm" not in name for name, p in model.named_parameters() if p.requires_grad}
-
-
 def pixel_loss(
     logits: Float[Tensor, "batch classes rows columns"], masks: Int64[Tensor, "batch height width"]
 ) -> Float[Tensor, ""]:
@@ -95,7 +84,7 @@ def pixel_loss(
     return F.cross_entropy(whole, masks, ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
-class SegmentationTask(Task):
+class SegmentationTask(DenseTask):
     """Train a segmenter.
 
     Figures of an epoch: ``train_loss``, with an auxiliary head the two that it is made of, before the second's weight
@@ -105,7 +94,7 @@ class SegmentationTask(Task):
     Args:
         model: the segmenter.
         schedule: of the learning rate.
-        weight_decay: of the parameters that ``segmentation_decay`` names.
+        weight_decay: of the parameters that ``norm_spared_decay`` names.
         auxiliary_weight: of the auxiliary head's loss.
         ema_decay: decay a step of the averaged weights; 0 keeps none.
         seed: of the run.
@@ -125,24 +114,11 @@ class SegmentationTask(Task):
         ema_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed=seed)
-        self.model = model
+        super().__init__(model, weight_decay=weight_decay, ema_decay=ema_decay, seed=seed)
         self.schedule = schedule
-        self.weight_decay = weight_decay
         self.auxiliary_weight = auxiliary_weight
-        self.decay = segmentation_decay(model)
-        self.ema = ModelEmaV3(model, decay=ema_decay).requires_grad_(False) if ema_decay else None
         self.evaluation: dict[str, SegmentationFigures] = {}
-        self._parts: dict[str, float | Tensor] = {}
         self._matrices: dict[str, Tensor] = {}
-        self.train()
-
-    def train(self, mode: bool = True) -> SegmentationTask:
-        """Switch to training; averaged weights stay in evaluation mode."""
-        super().train(mode)
-        if self.ema is not None:
-            self.ema.eval()
-        return self
 
     def training_step(self, batch: MaskedImages, batch_idx: int) -> Tensor:
         """Return the loss of one batch.
@@ -159,41 +135,20 @@ class SegmentationTask(Task):
             parts = {"loss_decode": loss, "loss_auxiliary": pixel_loss(auxiliary, batch.masks)}
             loss = loss + self.auxiliary_weight * parts["loss_auxiliary"]
         self.watch(loss.detach(), len(batch.images))
-        for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value.detach().double() * len(batch.images)
+        self.note_parts(parts, len(batch.images))
         return loss
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Make a step, then average the weights: before any callback saves the state."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
-            self.ema.update(self.model)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the running epoch has summed up so far."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["losses_so_far"] = {name: float(value) for name, value in self._parts.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with those sums."""
-        super().on_load_checkpoint(checkpoint)
-        self._parts = dict(checkpoint["losses_so_far"])
-
     # --- validation --------------------------------------------------------------------------------------------------
-
-    def _judged(self) -> dict[str, SegmentationModel]:
-        """Return the models that are validated, by the prefix of their figures."""
-        return {"": self.model} | ({"ema_": self.ema.module} if self.ema is not None else {})
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count, and make sure that what is validated is sound."""
         self.check_finite()
         K = self.model.num_classes
-        self._matrices = {prefix: torch.zeros(K, K, dtype=torch.int64) for prefix in self._judged()}
+        self._matrices = {prefix: torch.zeros(K, K, dtype=torch.int64) for prefix in self.judged()}
 
     def validation_step(self, batch: MaskedImages, batch_idx: int) -> None:
         """Count the pixels of one batch by what they are and what they are taken for."""
-        for prefix, model in self._judged().items():
+        for prefix, model in self.judged().items():
             self._matrices[prefix] += counted(model, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -202,18 +157,11 @@ class SegmentationTask(Task):
         Raises:
             DivergedError: the weights are not numbers any more.
         """
-        count = max(1.0, float(self.over_processes(torch.tensor([float(self._loss_count)]))[0]))
-        names = [name for name in ("loss_decode", "loss_auxiliary") if name in self._parts]
-        sums = self.over_processes(torch.tensor([float(self._parts[name]) for name in names], dtype=torch.float64))
-        self.figures = {"train_loss": self.take_train_loss()}
-        self.figures |= {f"train_{name}": value / count for name, value in zip(names, sums.tolist(), strict=True)}
-        self._parts = {}
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            self.refuse("weights", math.nan, self.global_step, self.current_epoch, self.lr())
+        self.figures = self.take_losses(("loss_decode", "loss_auxiliary"))
         for prefix, matrix in self._matrices.items():
             whole = torch.stack(self.gathered(matrix)).sum(0)  # whole numbers, too large for the sums of float32
             found = self.evaluation[prefix] = segmentation_figures(whole)
-            self.figures |= {f"{prefix}{name}": _number(getattr(found, name)) for name in ("miou", "macc", "aacc")}
+            self.figures |= {f"{prefix}{name}": number(getattr(found, name)) for name in ("miou", "macc", "aacc")}
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule in the form that Lightning expects."""
@@ -236,8 +184,3 @@ def counted(model: SegmentationModel, batch: MaskedImages) -> Int64[Tensor, "cla
         if decoded:
             matrix += confusion(segment_image(model, image.cpu()).labels, mask, model.num_classes)
     return matrix
-
-
-def _number(value: float) -> float:
-    """Return a figure as a number that epochs can be compared by; 0 where every pixel was ignored."""
-    return 0.0 if math.isnan(value) else value
