@@ -1,10 +1,10 @@
-"""`xcit eval`: how good a classifier is on a set of labelled images."""
+"""`xcit eval`: how good a classifier is on a set of labelled images; segmenters are judged in ``eval_segmentation``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xcit.data.preprocess import Preprocessing
     from xcit.evaluate.reassessed import ReassessedAccuracy
     from xcit.evaluate.resolution import ResolutionPoint
-    from xcit.evaluate.run import Evaluation
+    from xcit.evaluate.run import Evaluation, Skipped
 
 Layout = Literal[
     "auto",
@@ -74,10 +74,11 @@ def eval(
         str | None, arg(metavar="FILE.png", help_behavior_hint="(default: beside --output, where --sizes is given)")
     ] = None,
 ) -> int:
-    """Measure a classifier on labelled images: top-1, top-5, each class, loss, calibration, throughput.
+    """Measure a classifier on labelled images: top-1, top-5, each class, loss, calibration, throughput; or a segmenter.
 
     Examples: `xcit eval --model xcit_small_12_p16 --data imagenet/val`, or
-    `xcit eval --model runs/flowers/model.safetensors --data flowers --sizes 160,224,288 --output sizes.json`.
+    `xcit eval --model runs/flowers/model.safetensors --data flowers --sizes 160,224,288 --output sizes.json`, or
+    `xcit eval --model upernet_xcit_small_12_p16 --data ade`.
 
     MODEL is a released model's name (an architecture means its distilled weights at 224 px; downloaded once), a
     checkpoint that xcit wrote (also of a model of timm), or hf-hub:owner/name. DIR holds a folder of images for each
@@ -90,6 +91,12 @@ def eval(
 
     Throughput is measured from the second batch on and includes loading and decoding; the share of the time that the
     model waited for images stands beside it.
+
+    A segmenter, by its released name or its file, is judged by mIoU, mean accuracy and share of right pixels, and IoU
+    and accuracy of each class, on the masks of a DIR as `xcit data check-masks` takes it. Images are scaled as the
+    segmenter says (--image-size: their shorter side) and looked at whole, as published; figures are at each image's
+    own size. Windows, several scales and mirrored images: evaluate_segmenter in Python. --layout, --real, --sizes,
+    --crop-pct, --precision, --num-workers and --plot are for classifiers.
 
     Exit status: 0 when the set was judged, 2 for a mistake in the command or too many broken images, 130 after Ctrl-C.
     An interrupted sweep still gives the sizes that were done.
@@ -117,6 +124,32 @@ def eval(
     """
     _check(image_size, sizes, crop_pct, batch_size, num_workers, max_bad_fraction, per_class, plot)
     json_file = writable(output, (".json",), "--output")
+
+    from xcit.cli.eval_segmentation import eval_segmenter, is_segmenter
+
+    if is_segmenter(model):
+        for_classifiers = {
+            "--layout": layout != "auto",
+            "--real": real is not None,
+            "--sizes": sizes is not None,
+            "--crop-pct": crop_pct is not None,
+            "--precision": precision != "32",
+            "--num-workers": num_workers is not None,
+            "--plot": plot is not None,
+        }
+        return eval_segmenter(
+            model,
+            data,
+            split,
+            misplaced=[flag for flag, given in for_classifiers.items() if given],
+            image_size=image_size,
+            device=device,
+            batch_size=batch_size,
+            max_bad_fraction=max_bad_fraction,
+            per_class=WORST if per_class is None else per_class,
+            format=format,
+            json_file=json_file,
+        )
     if plot is None and sizes is not None and json_file is not None:
         plot = str(json_file.with_suffix(".png"))
     png_file = writable(plot, (".png",), "--plot")
@@ -242,7 +275,7 @@ def _single(
         print(f"xcit: interrupted after {seen:,} of {len(images):,} images; there is no result.", file=sys.stderr)
         return INTERRUPTED
     real = _by_real_labels(evaluation, real_targets)
-    _tell_skipped(evaluation, len(images))
+    _tell_skipped(evaluation.skipped, len(images))
     record = {**about, **evaluation_record(evaluation, real)}
     if format == "json":
         print(json.dumps(record, indent=2))
@@ -287,7 +320,7 @@ def _sweep(
         print(f"xcit: interrupted after {len(points)} of {len(sizes)} sizes; {kept}.", file=sys.stderr)
         if not points:
             return INTERRUPTED
-    _tell_skipped(points[0].evaluation, len(images))
+    _tell_skipped(points[0].evaluation.skipped, len(images))
     reals = [_by_real_labels(point.evaluation, real_targets) for point in points]
     own_size = judged.preprocessing.image_size
     about["protocol"] = {key: about["protocol"][key] for key in ("mean", "std", "interpolation", "crop_pct")}
@@ -346,8 +379,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 # --- telling ----------------------------------------------------------------------------------------------------------
 
 
-def _tell_skipped(evaluation: Evaluation, total: int) -> None:
-    skipped = evaluation.skipped
+def _tell_skipped(skipped: Sequence[Skipped], total: int) -> None:
     for each in skipped[:LISTED]:
         print(f"xcit: {each.reason}", file=sys.stderr)
     if skipped:
