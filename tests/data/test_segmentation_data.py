@@ -133,7 +133,7 @@ def test_the_loaders_of_training(images):
     assert sorted(i for batch in batches for i in batch.indices.tolist()) == list(range(NUM))
     for i in (2, 3):
         images.mask_path(i).write_bytes(b"x")
-    with pytest.raises(DataError, match=r"2 of 12 training images cannot be decoded .*xcit data check-masks, or allow"):
+    with pytest.raises(DataError, match=r"2 of 12 training images cannot be used .*xcit data check-masks, or allow"):
         list(TrainLoader(data, EpochSampler(NUM, 4, seed=0), 4, max_bad_fraction=0.1))
 
 

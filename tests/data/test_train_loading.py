@@ -190,7 +190,7 @@ def test_a_stand_in_brings_its_own_label():
 
 
 def test_too_many_broken_images_stop_the_run():
-    with pytest.raises(DataError, match=r"\d of 40 training images cannot be decoded .* data\.max_bad_fraction=0\.1"):
+    with pytest.raises(DataError, match=r"\d of 40 training images cannot be used .* data\.max_bad_fraction=0\.1"):
         list(loader(broken=range(8), share=0.1))
     assert len(list(loader(broken=range(8), share=0.25))) == 4
 

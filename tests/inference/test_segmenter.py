@@ -353,6 +353,8 @@ def test_a_large_image_waits_in_the_size_at_which_it_is_looked_at(model):
     [
         ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
         ({"image_size": 8, "scales": (0,)}, "image_size is 8; it must be 32 or more; scales has 0"),
+        ({"scales": 0.5}, r"scales is 0.5; it must be a list of numbers, such as \[0.5, 1.0\]"),
+        ({"scales": "1"}, "scales is '1'; it must be a list of numbers"),
         ({"image_size": 100, "max_size": 50}, "max_size is 50, less than image_size, 100"),
         ({"mode": "tile"}, "mode is 'tile'; it must be 'auto', 'whole' or 'slide'"),
         ({"mode": "whole", "window": 64}, "window and stride are for the modes 'slide' and 'auto'"),

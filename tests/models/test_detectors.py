@@ -74,6 +74,19 @@ def test_the_weights_decide_about_the_patch_size(tmp_path):
     create_detector("xcit_nano_12_p8", tmp_path / "maskrcnn_xcit_nano_12_p16.pth")
 
 
+def test_an_architecture_with_other_sizes_is_what_was_asked_for(tmp_path, randomize):
+    model = randomize(small(depth=3))
+    save_detector(model, tmp_path / "d.safetensors")
+    loaded = create_detector("xcit_nano_12_p16", tmp_path / "d.safetensors", depth=3)
+    assert same(detections(loaded), detections(model))
+    for sizes, sentence in (
+        ({}, r"depth 3, .*not on xcit_nano_12_p16; name the architecture and the sizes that its weights are of\."),
+        ({"depth": 4}, r"not on xcit_nano_12_p16 with depth 4; name the architecture and the sizes that its weights"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            create_detector("xcit_nano_12_p16", tmp_path / "d.safetensors", **sizes)
+
+
 def test_other_classes_get_new_last_layers(tmp_path):
     model = small()
     save_detector(model, tmp_path / "d.safetensors")
@@ -134,7 +147,7 @@ def test_names_and_options_that_do_not_exist(tmp_path):
     assert create_detector("xcit_nano_12_p16", in_chans=1, mean=[0.5], std=[0.2]).config["backbone"]["in_chans"] == 1
     with pytest.raises(ConfigError, match="XCiT has no option 'colour'"):
         create_detector("xcit_nano_12_p16", colour=3)
-    with pytest.raises(ConfigError, match="No detector on xcit_nano_12_p16 was released"):
+    with pytest.raises(ConfigError, match=r"No detector on xcit_nano_12_p16 was .* --pretrained released\."):
         create_detector("xcit_nano_12_p16", pretrained=True)
     with pytest.raises(ConfigError, match="is no detector; create_detector"):
         create_detector("xcit_small_12_p16_224_dist")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.detection.image_list import ImageList
 
 from xcit.models.proposals import AnchorMatcher, Anchors, ProposalNetwork, TwoSidedBoxCoder
@@ -159,6 +161,27 @@ def test_anchors_learn_what_the_released_rule_says(min_iou):
         assert matcher(torch.from_numpy(overlaps)).tolist() == want
         seen |= set(want)
     assert seen == {-2, -1, 0, 1, 2, 3}
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that an operation gave, in bytes; views count as what they show."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.size = max([self.size, *found])
+        return out
+
+
+def test_matching_takes_little_memory():
+    """Beside the overlaps there is nothing of instances times anchors."""
+    overlaps, matches = torch.rand(64, 4096), torch.full((4096,), -1)
+    with Largest() as largest:
+        AnchorMatcher(0.7, 0.3, 0.3).set_low_quality_matches_(matches, matches, overlaps)
+    assert (matches >= 0).any()
+    assert 0 < largest.size <= matches.nbytes
 
 
 def test_a_small_instance_is_learned_where_asked_for():

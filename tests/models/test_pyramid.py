@@ -106,6 +106,9 @@ def test_every_weight_learns_and_checkpointing_changes_nothing():
         ([0, 1, 2, 4], "blocks 0 to 3"),
         ([3, 2, 1, 0], "sort them"),
         ([0, 1, 2, -5], "0 to 3"),
+        (3, "taps is 3; it must be 4 of the model's blocks 0 to 3"),
+        ("0123", "taps is '0123'; it must be 4"),
+        ([0, 1, 1.5, 3], r"taps is \[0, 1, 1.5, 3\]; it must be 4"),
     ],
 )
 def test_taps_that_do_not_exist(taps, message):

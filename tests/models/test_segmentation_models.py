@@ -271,6 +271,8 @@ def test_images_that_do_not_fit():
         ({"pool_scales": (1, 2.5)}, r"pool_scales is \[1, 2.5\]"),
         ({"channels": "many", "dropout": None}, "channels is 'many'; .* dropout is None"),
         ({"pool_scales": ()}, r"pool_scales is \[\]"),
+        ({"pool_scales": 3}, r"pool_scales is 3; it must be a list of whole numbers of 1 or more\."),
+        ({"pool_scales": "12"}, "pool_scales is '12'; it must be a list"),
         ({"image_size": 16}, "image_size is 16; it must be a whole number, 32 or more"),
         ({"image_size": 64, "max_size": 48}, "max_size is 48, less than image_size, 64"),
         ({"in_chans": 1}, r"mean is \(0.485, .*\); the images have 1 channels, give a number for each; std is \(0.229"),

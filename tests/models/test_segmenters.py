@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import xcit
 from xcit.errors import CheckpointError, ConfigError, UnknownNameError
 from xcit.models import segmenters
+from xcit.models.mmdet_files import to_mmdet
 from xcit.models.mmseg_files import to_mmseg
 from xcit.models.segmenters import create_segmenter, read_segmenter, reset_classes, save_segmenter
 from xcit.models.semantic_fpn import SemanticFPN
@@ -131,11 +132,27 @@ def test_the_weights_decide_about_patch_size_and_head(tmp_path):
     torch.save(to_mmseg(full("sem_fpn", "xcit_nano_12_p8").state_dict()), tmp_path / "s.pth")
     with pytest.raises(CheckpointError, match="is a segmenter on xcit_nano_12_p8, not on xcit_nano_12_p16"):
         create_segmenter("xcit_nano_12_p16", tmp_path / "s.pth")
-    with pytest.raises(CheckpointError, match="has the head 'sem_fpn', not 'upernet'; leave head out"):
+    with pytest.raises(CheckpointError, match=r"not 'upernet'; ask for head='sem_fpn' \(in training: model.head\), or"):
         create_segmenter("xcit_nano_12_p8", tmp_path / "s.pth", head="upernet")
     with pytest.raises(CheckpointError, match="has the head 'sem_fpn', not 'upernet'"):
         create_segmenter(tmp_path / "s.pth", head="upernet")
     assert isinstance(create_segmenter("xcit_nano_12_p8", tmp_path / "s.pth"), SemanticFPN)
+
+
+def test_an_architecture_with_other_sizes_is_what_was_asked_for(tmp_path, randomize):
+    model = randomize(small(depth=3))
+    save_segmenter(model, tmp_path / "s.safetensors")
+    assert same(create_segmenter("xcit_nano_12_p16", tmp_path / "s.safetensors", depth=3, drop_path_rate=0.0), model)
+    for sizes, sentence in (
+        ({}, r"depth 3, .*not on xcit_nano_12_p16; name the architecture and the sizes that its weights are of\."),
+        ({"depth": 4}, r"not on xcit_nano_12_p16 with depth 4; name the architecture and the sizes that its weights"),
+        ({"depth": 3, "patch_size": 8}, "not on xcit_nano_12_p16 with patch_size 8 and depth 3; name"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            create_segmenter("xcit_nano_12_p16", tmp_path / "s.safetensors", **sizes)
+    save_segmenter(full("upernet"), tmp_path / "full.safetensors")
+    with pytest.raises(CheckpointError, match="is a segmenter on xcit_nano_12_p16, not on xcit_nano_12_p16 with depth"):
+        create_segmenter("xcit_nano_12_p16", tmp_path / "full.safetensors", depth=3)
 
 
 @pytest.mark.parametrize("head", WIDTHS)
@@ -203,9 +220,20 @@ def test_damaged_and_foreign_files(tmp_path):
     xcit.save_checkpoint(xcit.create_model("xcit_nano_12_p16", num_classes=3), tmp_path / "i.safetensors")
     with pytest.raises(CheckpointError, match="holds no UperNet or Semantic FPN"):
         create_segmenter(tmp_path / "i.safetensors")
+    widths = {"out_channels": 8, "box_width": 8, "mask_channels": 8}
+    detector = xcit.create_detector("xcit_nano_12_p16", num_classes=2, depth=3, **widths)
+    xcit.save_detector(detector, tmp_path / "k.safetensors")
+    torch.save({"state_dict": to_mmdet(detector.state_dict())}, tmp_path / "k.pth")
+    for name in ("k.safetensors", "k.pth"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name} holds a detector; xcit\.create_detector\('.*{name}'\) builds"
+        ):
+            create_segmenter(tmp_path / name)
     save_segmenter(small(), tmp_path / "j.safetensors")
     for open_other in (xcit.create_model, xcit.create_detector):
-        with pytest.raises(CheckpointError, match=r"create_segmenter opens it|no Mask R-CNN"):
+        with pytest.raises(
+            CheckpointError, match=r"create_segmenter opens it|holds a segmenter; xcit\.create_segmenter"
+        ):
             open_other(tmp_path / "j.safetensors")
 
 
@@ -271,17 +299,21 @@ def test_names_and_options_that_do_not_exist():
         create_segmenter("xcit_nano_12_p16", chanels=3)
     with pytest.raises(ConfigError, match=r"SemanticFPN has no option 'pool_scales'"):
         create_segmenter("xcit_nano_12_p16", head="sem_fpn", pool_scales=(1, 2))
+    with pytest.raises(ConfigError, match="pool_scales is 3; it must be a list of whole numbers"):
+        create_segmenter("xcit_nano_12_p16", pool_scales=3)
     with pytest.raises(ConfigError, match=r"no option 'drop_path'; did you mean 'drop_path_rate'\?"):
         create_segmenter("xcit_nano_12_p16", drop_path=0.1)
     with pytest.raises(
-        ConfigError, match="No segmenter on xcit_nano_12_p16 was released; there are those on xcit_tiny"
+        ConfigError,
+        match="No segmenter on xcit_nano_12_p16 was released; there are those on xcit_tiny.*take backbone=True, in "
+        r"training --pretrained released\.",
     ):
         create_segmenter("xcit_nano_12_p16", pretrained=True)
     with pytest.raises(ConfigError, match=r"is no segmenter; create_segmenter\('xcit_small_12_p16', backbone="):
         create_segmenter("xcit_small_12_p16_224_dist")
     with pytest.raises(ConfigError, match="is a detector; create_detector"):
         create_segmenter("maskrcnn_xcit_tiny_12_p16")
-    with pytest.raises(ConfigError, match=r"has the head 'upernet', not 'sem_fpn'; .* name sem_fpn_xcit_tiny_12_p16"):
+    with pytest.raises(ConfigError, match=r"'sem_fpn'; ask for head='upernet' .* or name sem_fpn_xcit_tiny_12_p16"):
         create_segmenter("upernet_xcit_tiny_12_p16", head="sem_fpn")
     with pytest.raises(ConfigError, match="leave backbone out"):
         create_segmenter("xcit_tiny_12_p16", pretrained=True, backbone=True)

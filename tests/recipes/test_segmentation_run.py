@@ -19,6 +19,7 @@ from xcit.data.mask_parts import open_mask_parts
 from xcit.errors import ConfigError, DataError
 from xcit.models.zoo import CHECKPOINTS
 from xcit.recipes.config_file import read_config
+from xcit.recipes.job import Share
 from xcit.recipes.registry import RECIPES
 from xcit.recipes.run_folder import RunFolder, new_run, open_run
 from xcit.recipes.segmentation import ade20k, segment_own
@@ -26,6 +27,7 @@ from xcit.recipes.segmentation_job import SegmentationJob, augment_of, schedule_
 from xcit.recipes.settings import check_config, write_config
 from xcit.recipes.train import train
 from xcit.tasks.segmentation import PolySchedule, SegmentationTask
+from xcit.tasks.task import DivergedError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import detection_runs
@@ -157,19 +159,61 @@ def test_training_begins_with_what_is_asked_for(tiny, finished, tmp_path, head):
     model = xcit.create_model("xcit_nano_12_p16", num_classes=4)
     xcit.save_checkpoint(model, tmp_path / "c.safetensors")
     wanted = replace(tiny.model, head=head, options={}, pretrained=str(tmp_path / "c.safetensors"))
+    wanted = replace(wanted, auxiliary_channels=8 if head == "upernet" else 256)
     begun = SegmentationJob(replace(tiny, model=wanted)).task.model
     assert begun.head == head
     assert torch.equal(begun.backbone.blocks[11].mlp.fc1.weight, model.blocks[11].mlp.fc1.weight)
     assert begun.decode_head.conv_seg.in_channels == 8
 
 
-def test_training_goes_on_from_a_segmenter(tiny, finished):
-    """Of the run's own file; the architecture's name must fit, so that it is one of its size."""
+def test_training_goes_on_from_a_runs_own_file(tiny, finished):
     run, _, _ = finished
-    trained = xcit.create_segmenter(run.model)
-    with pytest.raises(xcit.XCiTError, match="xcit_nano_12_p16"):
-        SegmentationJob(replace(tiny, model=replace(tiny.model, options={}, pretrained=str(run.model))))
-    assert trained.num_classes == 11
+    wanted = replace(tiny.model, pretrained=str(run.model), channels=0)
+    begun, trained = SegmentationJob(replace(tiny, model=wanted)).task.model, xcit.create_segmenter(run.model)
+    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), trained.parameters(), strict=True))
+    with pytest.raises(ConfigError, match=r"model\.channels is set, but .* brings its heads"):
+        SegmentationJob(replace(tiny, model=replace(wanted, channels=4)))
+    with pytest.raises(xcit.XCiTError, match="xcit_nano_12_p16"):  # which has another depth and width
+        SegmentationJob(replace(tiny, model=replace(wanted, options={})))
+
+
+@pytest.mark.parametrize("name", ["num_classes", "backbone", "channels", "head", "pool_scales"])
+def test_options_are_the_backbones(tiny, name):
+    with pytest.raises(ConfigError, match=rf"model\.options\.{name} is no argument of the backbone's class"):
+        SegmentationJob(replace(tiny, model=replace(tiny.model, options=tiny.model.options | {name: 3})))
+
+
+def test_a_test_part_that_cannot_be_used_is_refused_before_training(tiny, scenes, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(scenes, root)
+    for mask in (root / "test" / "masks").iterdir():
+        Image.fromarray(np.full((64, 96), 77, np.uint8)).save(mask)
+    with pytest.raises(DataError, match="None of 3 masks that were tried can be used"):
+        SegmentationJob(replace(tiny, data=replace(tiny.data, root=str(root))))
+
+
+def test_fewer_validation_images_than_processes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("xcit.recipes.train.own_share", lambda config: Share(1, 2))
+    config = replace(tiny, data=replace(tiny.data, val_fraction=0.05), compute=replace(tiny.compute, devices=2))
+    with pytest.raises(ConfigError, match="The images to validate on are 1, fewer than the run's 2 processes"):
+        train(config, new_run(tmp_path / "run"))
+
+
+def test_statistics_that_are_no_numbers_end_the_run(tiny, tmp_path, monkeypatch):
+    """Before they are saved: what was last saved stays good."""
+    step = SegmentationTask.optimizer_step
+
+    def broken(task, *arguments, **options):
+        step(task, *arguments, **options)
+        if task.global_step == 3:  # in the second epoch
+            task.model.decode_head.bottleneck.bn.running_var.fill_(torch.inf)
+
+    monkeypatch.setattr(SegmentationTask, "optimizer_step", broken)
+    run = new_run(tmp_path / "run")
+    with pytest.raises(DivergedError, match=r"optim\.warmup_steps"):
+        train(tiny, run)
+    state = torch.load(run.last, weights_only=False)["state_dict"]
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
 def test_the_command_line(scenes, tmp_path, capsys, tiny):
@@ -272,14 +316,15 @@ def test_the_released_schedules():
 def test_settings_that_contradict_each_other(tiny):
     wrong = replace(
         tiny,
-        model=replace(tiny.model, fpn_channels=8),
-        augment=replace(tiny.augment, min_ratio=3.0),
+        model=replace(tiny.model, fpn_channels=8, auxiliary_channels=0),
+        augment=replace(tiny.augment, min_ratio=3.0, crop_size=600),
         data=replace(tiny.data, image_size=256),
-        optim=replace(tiny.optim, batch_size=1),
+        optim=replace(tiny.optim, batch_size=1, auxiliary_weight=1.0),
         compute=replace(tiny.compute, compile=True, channels_last=False),
     )
     with pytest.raises(ConfigError) as error:
         check_config(wrong)
     said = "augment.min_ratio is 3", "data.image_size is 256", "model.fpn_channels", "computes one image at once"
+    said += "augment.crop_size is 600, more than the 512 px", "optim.auxiliary_weight is 1, but there is no"
     for part in (*said, "compute.compile", "compute.channels_last"):
         assert part in str(error.value)

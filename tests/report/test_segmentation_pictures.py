@@ -144,3 +144,15 @@ def test_refusals():
         draw_segmentation(grey(64, 48), labels, NAMES, PALETTE, opacity=2)
     with pytest.raises(ConfigError, match="max_side is 10"):
         draw_segmentation(grey(64, 48), labels, NAMES, PALETTE, max_side=10)
+
+
+def test_a_colourful_image_is_grey_below_the_colours():
+    """So that a class has one colour wherever it is; what is ignored keeps its own."""
+    labels = np.zeros((600, 800), np.int16)
+    labels[:, 400:] = -1
+    image = Image.new("RGB", (800, 600), (200, 30, 90))
+    picture = np.asarray(draw_segmentation(image, labels, NAMES, PALETTE, legend=False)).astype(float)
+    luma = 0.299 * 200 + 0.587 * 30 + 0.114 * 90
+    want = luma + report.OPACITY * (PALETTE[0].astype(float) - luma)
+    np.testing.assert_allclose(picture[300, 100], want, atol=1)
+    assert picture[300, 700].tolist() == [200, 30, 90]

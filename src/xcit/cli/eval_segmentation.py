@@ -180,7 +180,7 @@ def open_part(data: str, split: str | None) -> tuple[MaskSet, str]:
         UnknownNameError: no such word.
         DataError: no such folder or part, or files that do not pair.
     """
-    from xcit.data.mask_parts import unpaired, find_mask_layout
+    from xcit.data.mask_parts import find_mask_layout, unpaired
     from xcit.data.parts import PART_OF_WORD, WHOLE, WORDS_OF_PART
 
     if split is not None and split not in PART_OF_WORD:

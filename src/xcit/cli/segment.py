@@ -50,7 +50,7 @@ def segment(
     """Name the class of every pixel of images.
 
     Examples: `xcit segment photos/ --model upernet_xcit_small_12_p16 --out segmented`, or
-    `xcit segment aerial.tif --model runs/fields/segmenter.safetensors --native --out segmented`.
+    `xcit segment aerial.tif --model runs/fields/model.safetensors --native --out segmented`.
 
     The model is a released segmenter's name or a segmenter's file. Each image is scaled as it says (the released ones:
     shorter side 512 px, longer at most 2048) and looked at whole, as published; results are at the image's own size.

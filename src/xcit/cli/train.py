@@ -289,7 +289,7 @@ def _show_rest(part: str, run: RunFolder, console: Console, verb: str, out: str)
     model = _quoted(run.model)
     facts = [("report", str(run.report)), ("try it", f"xcit {verb} IMAGE --model {model} --out {out}")]
     if run.skipped.exists():
-        facts.append(("skipped", f"some images could not be decoded: {run.skipped}"))
+        facts.append(("skipped", f"some images could not be used: {run.skipped}"))
     for what, value in facts:
         console.print(f"  [dim]{what:<8}[/dim]{escape(value)}", soft_wrap=True)
 

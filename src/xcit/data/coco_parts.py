@@ -69,7 +69,8 @@ def open_coco_parts(root: str | Path, *, val_fraction: float = 0.1, split_seed: 
                 f"{train.file}: has {plural(len(train), 'image')}, of which none would be left to train on; add images."
             )
         val, train = train.subset(np.sort(order[:num_val])), train.subset(np.sort(order[num_val:]))
-        notes.append(f"There is no part to validate on: {plural(num_val, 'training image')} were set aside.")
+        were = "was" if num_val == 1 else "were"
+        notes.append(f"There is no part to validate on: {plural(num_val, 'training image')} {were} set aside.")
     for part, each in (("train", train), ("val", val)):
         if not (~each.crowd).any():
             raise DataError(f"{each.file}: none of the {part} images has an instance; there is nothing to learn.")

@@ -104,7 +104,7 @@ class TrainLoader(DataLoader[Any]):
         if len(self.bad) > self.max_bad_fraction * len(images):
             name = images.names[min(self.bad)]
             raise DataError(
-                f"{len(self.bad)} of {len(images)} training images cannot be decoded so far, more than "
+                f"{len(self.bad)} of {len(images)} training images cannot be used so far, more than "
                 f"data.max_bad_fraction={self.max_bad_fraction:g} allows (one is {name}). Look at them with "
                 f"{self.dataset.check}, or allow more."
             )

@@ -15,7 +15,8 @@ grey, and all colours are greys    by colours: 0 and 255 are two classes if the 
 =================================  ====================================================================================
 
 The file must be a PNG or a TIFF: what is compressed with losses (JPEG) has other values at every edge. Several pages,
-floating-point numbers and transparency are refused too, since they have no one reading.
+floating-point numbers and an alpha channel with transparency are refused too, since they have no one reading; that of a
+palette does not matter.
 """
 
 from __future__ import annotations

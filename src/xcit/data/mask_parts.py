@@ -94,10 +94,12 @@ def open_mask_parts(root: str | Path, *, val_fraction: float = 0.1, split_seed: 
     notes, sets = list(layout.notes), {}
     for part in layout.folders:
         pairs = layout.pairs(part)
-        notes += _unpaired(pairs, layout.folders[part])
+        notes += unpaired(pairs, layout.folders[part])
         sets[part] = layout.mask_set(pairs)
     train = sets["train"] if "train" in sets else sets[WHOLE]
     notes += _tried(train)
+    for part in sets.keys() - {"train", WHOLE}:
+        _tried(sets[part])  # now, not after the training
     val = sets.get("val")
     if val is None:
         order = np.random.default_rng(split_seed).permutation(len(train))
@@ -108,7 +110,8 @@ def open_mask_parts(root: str | Path, *, val_fraction: float = 0.1, split_seed: 
                 f"where {num_val:,} validate; add images."
             )
         val, train = train.subset(np.sort(order[:num_val])), train.subset(np.sort(order[num_val:]))
-        notes.append(f"There is no part to validate on: {plural(num_val, 'training image')} were set aside.")
+        were = "was" if num_val == 1 else "were"
+        notes.append(f"There is no part to validate on: {plural(num_val, 'training image')} {were} set aside.")
     return MaskSplits(train, val, sets.get("test"), tuple(notes))
 
 
@@ -183,7 +186,7 @@ def _own_folders(root: Path) -> tuple[dict[str, tuple[Path, Path]], tuple[str, .
 # --- what is wrong at first sight -------------------------------------------------------------------------------------
 
 
-def _unpaired(pairs: Pairs, folders: tuple[Path, Path]) -> list[str]:
+def unpaired(pairs: Pairs, folders: tuple[Path, Path]) -> list[str]:
     """Return notes on files without their other; DataError if those are many."""
     if pairs.ambiguous:
         more = f" (and {len(pairs.ambiguous) - 1:,} more)" if len(pairs.ambiguous) > 1 else ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -206,13 +207,17 @@ def check_options(
     ]
     if image_size is not None and max_size is not None and image_size > max_size >= LEAST:
         problems.append(f"max_size is {max_size}, less than image_size, {image_size}")
-    if not scales:
+    listed = isinstance(scales, Sequence) and not isinstance(scales, str)
+    if not listed or not all(isinstance(scale, Real) for scale in scales):
+        problems.append(f"scales is {scales!r}; it must be a list of numbers, such as [0.5, 1.0]")
+    elif not scales:
         problems.append("scales is empty; it must have one number or more")
-    problems += [
-        f"scales has {scale}; each must be above 0 and at most 8"
-        for scale in scales
-        if not (math.isfinite(scale) and 0 < scale <= 8)
-    ]
+    else:
+        problems += [
+            f"scales has {scale}; each must be above 0 and at most 8"
+            for scale in scales
+            if not (math.isfinite(scale) and 0 < scale <= 8)
+        ]
     if window is not None and (window < LEAST or window % LEAST):
         problems.append(f"window is {window}; it must be a multiple of {LEAST} px, such as {_multiple(window)}")
     elif stride is not None and window is not None:

@@ -36,7 +36,9 @@ Span = tuple[int, int]
 class Picture:
     """An image at the size at which the model looks; pixels are scaled and normalised where they are asked for.
 
-    Scaled bilinearly without antialiasing (``align_corners=False``), as in the released models' training.
+    Scaled bilinearly without antialiasing (``align_corners=False``). So were the images in the released models'
+    training, but these were then rounded to whole values of 0 to 255; here the values stay real numbers. A side below
+    32 px is lengthened by repeating the last row or column.
 
     Attributes:
         pixels: (C, H, W) uint8, of any size; or (C, h, w) floating point, scaled and normalised already.

@@ -111,7 +111,7 @@ class Segmenter:
         BackendError: the device is not available here.
 
     Example:
-        >>> segmenter = xcit.Segmenter("runs/scenes/segmenter.safetensors")
+        >>> segmenter = xcit.Segmenter("runs/scenes/model.safetensors")
         >>> (seen,) = segmenter("scene.png")
         >>> seen.labels, seen.scores, seen.areas()
     """

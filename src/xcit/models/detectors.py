@@ -95,7 +95,7 @@ def create_detector(
         if backbone is not False:
             raise ConfigError("pretrained brings a whole detector's weights, the backbone's too; leave backbone out.")
         file = _released(architecture) if pretrained is True else read_detector(pretrained)
-        _check_architecture(file, architecture)
+        _check_architecture(file, architecture, overrides)
         return _with_weights(file, num_classes, own, overrides)
     if backbone is False or backbone is True:
         model = create_model(architecture.id, backbone, num_classes=0, **overrides)
@@ -211,8 +211,8 @@ def _released(architecture: Architecture) -> DetectorFile:
     if stem not in CHECKPOINTS:
         known = ", ".join(c.architecture for c in CHECKPOINTS.values() if c.task == TASK)
         raise ConfigError(
-            f"No detector on {architecture.id} was released; there are those on {known}. Take backbone=True to begin "
-            f"with its classifier's weights."
+            f"No detector on {architecture.id} was released; there are those on {known}. To begin with its "
+            f"classifier's weights take backbone=True, in training --pretrained released."
         )
     released = CHECKPOINTS[stem]
     file = read_detector(released.url)
@@ -220,16 +220,19 @@ def _released(architecture: Architecture) -> DetectorFile:
     return file._replace(name=stem, cfg=cfg)
 
 
-def _check_architecture(file: DetectorFile, architecture: Architecture) -> None:
-    """Refuse weights of another backbone, such as patch 8 under a name with 16 in it."""
-    theirs = {name: file.config["backbone"][name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}
-    if all(getattr(architecture, name) == value for name, value in theirs.items()):
+def _check_architecture(file: DetectorFile, architecture: Architecture, overrides: Mapping[str, Any]) -> None:
+    """Refuse weights of another backbone than the architecture with the caller's own sizes: patch 8 under a 16."""
+    theirs = {name: file.config["backbone"][name] for name in _SIZES}
+    changed = {name: overrides[name] for name in _SIZES if name in overrides}
+    if all(changed.get(name, getattr(architecture, name)) == value for name, value in theirs.items()):
         return
     known = [a.id for a in ARCHITECTURES.values() if all(getattr(a, name) == v for name, v in theirs.items())]
     looks = known[0] if known else ", ".join(f"{name} {value}" for name, value in theirs.items())
+    asked = " and ".join(f"{name} {value}" for name, value in changed.items())
+    sizes = " and the sizes" if asked or not known else ""
     raise CheckpointError(
-        f"{file.name} is a detector on {looks}, not on {architecture.id}; name the architecture that its weights are "
-        f"of."
+        f"{file.name} is a detector on {looks}, not on {architecture.id}{asked and f' with {asked}'}; name the "
+        f"architecture{sizes} that its weights are of."
     )
 
 

@@ -96,11 +96,11 @@ class AnchorMatcher(Matcher):
 
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
         """Write the best anchors of each instance into ``matches``, (anchors,); the IoU are (instances, anchors)."""
-        best = match_quality_matrix.amax(dim=1, keepdim=True)
-        is_best = (match_quality_matrix == best) & (best >= self.min_iou)
-        numbers = torch.arange(len(best), device=best.device)[:, None].expand_as(is_best)
-        last = numbers.where(is_best, -1).amax(dim=0)
-        matches.copy_(last.where(last >= 0, matches))
+        best = match_quality_matrix.amax(dim=1)
+        best = best.where(best >= self.min_iou, torch.inf)  # which no anchor has
+        # One instance after the other: for all at once, their numbers would take twice the memory of the IoU.
+        for i, overlaps in enumerate(match_quality_matrix):
+            matches.masked_fill_(overlaps == best[i], i)
 
 
 class ProposalNetwork(RegionProposalNetwork):

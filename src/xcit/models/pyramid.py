@@ -10,6 +10,7 @@ Legend: B batch, (Hp, Wp) patch grid, C embed_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,16 @@ def _double(channels: int) -> nn.ConvTranspose2d:
 
 
 def _checked_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:
-    wrong = [tap for tap in taps if not -depth <= tap < depth]
-    if len(taps) != len(STRIDES) or wrong:
+    try:
+        numbers = [index(tap) for tap in taps]
+    except TypeError:
+        numbers = []
+    if len(numbers) != len(STRIDES) or not all(-depth <= tap < depth for tap in numbers):
         raise ConfigError(
-            f"taps is {list(taps)}; it must be {len(STRIDES)} of the model's blocks 0 to {depth - 1} (or -{depth} to "
+            f"taps is {taps!r}; it must be {len(STRIDES)} of the model's blocks 0 to {depth - 1} (or -{depth} to "
             f"-1), one a level."
         )
-    chosen = tuple(tap % depth for tap in taps)
+    chosen = tuple(tap % depth for tap in numbers)
     if list(chosen) != sorted(chosen):
-        raise ConfigError(f"taps is {list(taps)}; the finer level must come from the earlier block: sort them.")
+        raise ConfigError(f"taps is {taps!r}; the finer level must come from the earlier block: sort them.")
     return chosen

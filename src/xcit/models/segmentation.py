@@ -211,7 +211,9 @@ def _check(own: dict[str, Any], in_chans: int) -> None:
     if not (isinstance(own["dropout"], (int, float)) and 0 <= own["dropout"] < 1):
         problems.append(f"dropout is {own['dropout']!r}; it must be a number, 0 or more and less than 1")
     scales = own.get("pool_scales", (1,))
-    if not scales or not all(_is_whole(scale) and scale >= 1 for scale in scales):
+    if not isinstance(scales, (list, tuple)):
+        problems.append(f"pool_scales is {scales!r}; it must be a list of whole numbers of 1 or more")
+    elif not scales or not all(_is_whole(scale) and scale >= 1 for scale in scales):
         problems.append(f"pool_scales is {list(scales)}; it must be whole numbers of 1 or more")
     for name in ("mean", "std"):
         values = own[name]

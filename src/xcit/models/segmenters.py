@@ -17,6 +17,7 @@ from xcit.errors import CheckpointError, ConfigError, UnknownNameError, XCiTErro
 from xcit.models.dialects import State
 from xcit.models.download import download, is_url, verify_sha256
 from xcit.models.factory import create_model
+from xcit.models.mmdet_files import is_mmdet
 from xcit.models.mmseg_files import SIZES, from_mmseg, shown
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.segmentation import SegmentationModel, pixel_classifier
@@ -98,7 +99,7 @@ def create_segmenter(
         if backbone is not False:
             raise ConfigError("pretrained brings a whole segmenter's weights, the backbone's too; leave backbone out.")
         file = _released(architecture, head or UperNet.head) if pretrained is True else read_segmenter(pretrained)
-        _check_architecture(file, architecture)
+        _check_architecture(file, architecture, options)
         return _with_weights(file, num_classes, head, options)
     kind = HEADS[head or UperNet.head]
     own, overrides = _sorted_options(options, kind)
@@ -180,6 +181,8 @@ def read_segmenter(path_or_url: str | Path, *, sha256: str | None = None) -> Seg
     described = isinstance(config, dict) and config.get("task") == TASK  # then the weights need not look like XCiT's
     found = config if described else shown(state)
     if found is None:
+        if is_mmdet(state) or (isinstance(config, dict) and config.get("task") == "detection"):
+            raise CheckpointError(f"{name} holds a detector; xcit.create_detector({name!r}) builds it.")
         first = ", ".join(repr(key) for key in list(state)[:3])
         raise CheckpointError(f"{name} holds no UperNet or Semantic FPN on an XCiT: its keys begin with {first}.")
     refuse_not_finite(state, name, "training has diverged or the file is damaged; use an earlier one")
@@ -250,7 +253,8 @@ def _head_of(name: str, task: str, architecture: Architecture, head: str | None)
     named = name.removesuffix(f"_{architecture.id}")
     if head not in (None, named):
         raise ConfigError(
-            f"{name} has the head {named!r}, not {head!r}; leave head out, or name {head}_{architecture.id}."
+            f"{name} has the head {named!r}, not {head!r}; ask for head={named!r} (in training: model.head), or name "
+            f"{head}_{architecture.id}."
         )
     return named
 
@@ -278,8 +282,8 @@ def _released(architecture: Architecture, head: str) -> SegmenterFile:
     if stem not in CHECKPOINTS:
         known = dict.fromkeys(c.architecture for c in CHECKPOINTS.values() if c.task == TASK)
         raise ConfigError(
-            f"No segmenter on {architecture.id} was released; there are those on {', '.join(known)}. Take "
-            f"backbone=True to begin with its classifier's weights."
+            f"No segmenter on {architecture.id} was released; there are those on {', '.join(known)}. To "
+            f"begin with its classifier's weights take backbone=True, in training --pretrained released."
         )
     return read_segmenter(CHECKPOINTS[stem].url)._replace(name=stem)
 
@@ -298,16 +302,19 @@ def _released_cfg(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return names | {"checkpoint": released.stem, "architecture": architecture.id}
 
 
-def _check_architecture(file: SegmenterFile, architecture: Architecture) -> None:
-    """Refuse weights of another backbone, such as patch 8 under a name with 16 in it."""
+def _check_architecture(file: SegmenterFile, architecture: Architecture, overrides: Mapping[str, Any]) -> None:
+    """Refuse weights of another backbone than the architecture with the caller's own sizes: patch 8 under a 16."""
     theirs = {name: file.config["backbone"].get(name) for name in SIZES}
-    if all(getattr(architecture, name) == value for name, value in theirs.items()):
+    changed = {name: overrides[name] for name in SIZES if name in overrides}
+    if all(changed.get(name, getattr(architecture, name)) == value for name, value in theirs.items()):
         return
     known = [a.id for a in ARCHITECTURES.values() if all(getattr(a, name) == v for name, v in theirs.items())]
     looks = known[0] if known else ", ".join(f"{name} {value}" for name, value in theirs.items())
+    asked = " and ".join(f"{name} {value}" for name, value in changed.items())
+    sizes = " and the sizes" if asked or not known else ""
     raise CheckpointError(
-        f"{file.name} is a segmenter on {looks}, not on {architecture.id}; name the architecture that its weights are "
-        f"of."
+        f"{file.name} is a segmenter on {looks}, not on {architecture.id}{asked and f' with {asked}'}; name the "
+        f"architecture{sizes} that its weights are of."
     )
 
 
@@ -330,7 +337,10 @@ def _with_weights(
     """Build the segmenter that the weights fit exactly; then only change the classes, where others are asked for."""
     theirs = file.config["head"]
     if head not in (None, theirs):
-        raise CheckpointError(f"{file.name} has the head {theirs!r}, not {head!r}; leave head out.")
+        raise CheckpointError(
+            f"{file.name} has the head {theirs!r}, not {head!r}; ask for head={theirs!r} (in training: model.head), or "
+            f"leave head out."
+        )
     own, overrides = _sorted_options(options, HEADS[theirs])
     config = file.config | own
     config["backbone"] = file.config["backbone"] | overrides

@@ -255,9 +255,9 @@ class RunKeeper(Callback):
         val, share = self.job.images.get("val"), self.loader.max_bad_fraction
         if val is not None and len(self.skipped["val"]) > share * len(val):
             raise DataError(
-                f"{len(self.skipped['val'])} of {len(val)} validation images cannot be decoded, more than "
+                f"{len(self.skipped['val'])} of {len(val)} validation images cannot be used, more than "
                 f"data.max_bad_fraction={share:g} allows (one is {val.names[min(self.skipped['val'])]}). Look at them "
-                f"with xcit data check, or allow more."
+                f"with {self.loader.dataset.check}, or allow more."
             )
         if trainer.is_global_zero and any(self.skipped.values()):
             write_skipped(self.skipped, self.job.images, self.run.skipped)

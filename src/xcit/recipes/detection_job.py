@@ -28,7 +28,7 @@ from xcit.recipes.checkpointing import RunKeeper, skipped_images, write_skipped
 from xcit.recipes.detection_config import DetectionConfig
 from xcit.recipes.detection_report import DetectionRecord, write_detection_report
 from xcit.recipes.dry_run import lr_lines, mib
-from xcit.recipes.initial_weights import architecture_of, backbone_source, whole_model
+from xcit.recipes.initial_weights import architecture_of, backbone_options, backbone_source, whole_model
 from xcit.recipes.job import Fact, Job, Share, num_workers, train_loader
 from xcit.recipes.provenance import environment
 from xcit.recipes.run_folder import RunFolder
@@ -238,7 +238,7 @@ def build_detector(config: DetectionConfig, train: CocoSet, *, with_masks: bool)
         "proposals": wanted.proposals,
         "min_anchor_iou": wanted.min_anchor_iou,
         "with_masks": with_masks,
-        **wanted.options,
+        **backbone_options(wanted.options),
     }
     heads: dict[str, Any] = {
         "out_channels": wanted.out_channels,

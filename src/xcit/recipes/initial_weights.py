@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from xcit.errors import CheckpointError, ConfigError
+from xcit.models.xcit import XCiT
 from xcit.models.zoo import CHECKPOINTS, Architecture, Task, find
 
 
@@ -54,6 +58,21 @@ def whole_model(
     except CheckpointError:
         return None  # of a backbone, or damaged, which whoever reads it next will say
     return source
+
+
+def backbone_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings ``model.options``, which must be arguments of the backbone's class.
+
+    Raises:
+        ConfigError: naming those that are not.
+    """
+    known = set(inspect.signature(XCiT).parameters) - {"num_classes"}
+    strange = sorted(options.keys() - known)
+    if strange:
+        near = difflib.get_close_matches(strange[0], sorted(known), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"model.options.{strange[0]} is no argument of the backbone's class, XCiT{hint}.")
+    return dict(options)
 
 
 def backbone_source(source: str) -> bool | str:

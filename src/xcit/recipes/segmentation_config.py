@@ -137,9 +137,23 @@ class SegmentationConfig(RunConfig):
             yield f"augment.min_ratio is {augment.min_ratio:g}, above augment.max_ratio, {augment.max_ratio:g}"
         if data.image_size > data.max_size:
             yield f"data.image_size is {data.image_size}, above data.max_size, {data.max_size}"
+        if augment.crop_size > data.image_size * augment.max_ratio:
+            yield (
+                f"augment.crop_size is {augment.crop_size}, more than the {data.image_size * augment.max_ratio:.0f} px "
+                f"that the shorter side has at most (data.image_size x augment.max_ratio); lower it"
+            )
+        defaults, weight = SegmenterConfig(), SegmentationOptimConfig().auxiliary_weight
         if model.head == "upernet" and model.fpn_channels:
             yield "model.fpn_channels is of Semantic FPN; leave it at 0 with model.head=upernet"
-        if self.micro_batch_size == 1 and model.head == "upernet":
+        if model.head == "sem_fpn" and model.auxiliary_channels != defaults.auxiliary_channels:
+            yield (
+                f"model.auxiliary_channels is of UperNet; leave it at {defaults.auxiliary_channels} with "
+                f"model.head=sem_fpn"
+            )
+        if (model.head == "sem_fpn" or not model.auxiliary_channels) and self.optim.auxiliary_weight != weight:
+            yield f"optim.auxiliary_weight is {self.optim.auxiliary_weight:g}, but there is no auxiliary head; leave it"
+        alone = self.world_size == 1 or self.compute.device == "cpu"  # else batch norms are synchronised
+        if self.micro_batch_size == 1 and model.head == "upernet" and alone:
             yield (
                 "a device computes one image at once, of which UperNet's batch norms have no statistics; raise "
                 "optim.batch_size, or lower optim.accumulate or compute.devices"

@@ -16,9 +16,10 @@ from xcit.data.image_set import NamedImages
 from xcit.data.loading import eval_loader
 from xcit.data.mask_parts import open_mask_parts
 from xcit.data.mask_set import MaskSet
+from xcit.data.parts import plural
 from xcit.data.segmentation import EvalSegmentation, MaskedImages, TrainSegmentation
 from xcit.data.segmentation_augment import SegmentationAugment
-from xcit.errors import DataError
+from xcit.errors import ConfigError, DataError
 from xcit.evaluate.segmentation import SegmentationFigures, segmentation_figures
 from xcit.files import write_atomic
 from xcit.models.segmentation import SegmentationModel
@@ -26,7 +27,7 @@ from xcit.models.segmenters import create_segmenter, read_segmenter, save_segmen
 from xcit.models.zoo import CHECKPOINTS
 from xcit.recipes.checkpointing import RunKeeper, skipped_images, write_skipped
 from xcit.recipes.dry_run import lr_lines, mib
-from xcit.recipes.initial_weights import architecture_of, backbone_source, whole_model
+from xcit.recipes.initial_weights import architecture_of, backbone_options, backbone_source, whole_model
 from xcit.recipes.job import Fact, Job, Share, num_workers, train_loader
 from xcit.recipes.provenance import environment
 from xcit.recipes.run_folder import RunFolder
@@ -65,12 +66,10 @@ class SegmentationResult:
 class SegmentationJob(Job):
     """Train a segmenter, and evaluate its best epoch's weights once on the test part.
 
-    With several CUDA devices the heads' batch norms are synchronised, as in the released training.
-
     Args:
         config: all settings.
         share: which process this is; None for the only one.
-        pin_memory: lay batches where CUDA can fetch them; the run is on CUDA.
+        pin_memory: lay batches where CUDA can fetch them.
 
     Raises:
         ConfigError: settings that are out of range or do not go together, all at once.
@@ -92,10 +91,6 @@ class SegmentationJob(Job):
         self.images = {"train": train, "val": val} | ({"test": test} if test is not None else {})
         torch.manual_seed(config.seed)
         model = build_segmenter(config, train)
-        if share.world_size > 1 and pin_memory:
-            for head in (model.decode_head, model.auxiliary_head, getattr(model, "neck", None)):
-                if head is not None:
-                    nn.SyncBatchNorm.convert_sync_batchnorm(head)
         self.train_loader = train_loader(
             config,
             TrainSegmentation(train, augment_of(config, model)),
@@ -158,7 +153,7 @@ class SegmentationJob(Job):
                        f"{data.image_size * augment.max_ratio:.0f} px, of which {augment.crop_size} x "
                        f"{augment.crop_size} px are cropped; in use {data.image_size} px"),
             ("learning rate", f"{config.lr:g}, falling with power {schedule.power:g} to {schedule.min_lr:g}, a rise of "
-                              f"{schedule.warmup_steps:,} steps before"),
+                              f"{plural(schedule.warmup_steps, 'step')} before"),
             ("", "\n".join(lr_lines(schedule.at, schedule.total_steps))),
             ("memory", f"{mib(4 * 4 * weights)} for weights, gradients and optimiser; activations come on top"),
         ]  # fmt: skip
@@ -221,16 +216,21 @@ def build_segmenter(config: SegmentationConfig, train: MaskSet) -> SegmentationM
         "dropout": wanted.dropout,
         "image_size": config.data.image_size,
         "max_size": config.data.max_size,
-        **wanted.options,
+        **backbone_options(wanted.options),
     }
     num_classes, source = len(train.class_names), wanted.pretrained
     segmenter = whole_model(source, architecture.id, word="ade20k", task="segmentation", read=read_segmenter)
+    widths = {"channels": wanted.channels, "fpn_channels": wanted.fpn_channels}
+    given = [name for name, width in widths.items() if width]
+    if segmenter is not None and given:
+        raise ConfigError(
+            f"model.{given[0]} is set, but {source} brings its heads, and they have their widths; leave it at 0."
+        )
     if isinstance(segmenter, str) and segmenter in CHECKPOINTS:
         model = create_segmenter(segmenter, True, num_classes, **options)
     elif segmenter is not None:
         model = create_segmenter(architecture.id, segmenter, num_classes, **options)
     else:
-        widths = {"channels": wanted.channels, "fpn_channels": wanted.fpn_channels}
         options |= {name: width for name, width in widths.items() if width}
         if wanted.head == "upernet":
             options["auxiliary_channels"] = wanted.auxiliary_channels

@@ -78,7 +78,7 @@ class RunConfig:
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Of the initial weights, the order of the images and all augmentation."""
     epochs: Annotated[int, Range(1)] = 400
-    """Passes over the training images."""
+    """Passes over the training images, or stretches of optim.steps_per_epoch where there is such a setting."""
     patience: Annotated[int, Range(0)] = 0
     """Stop after so many epochs without a better validation figure; 0 never."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)

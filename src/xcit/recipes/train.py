@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from xcit.errors import BackendError, XCiTError
+from xcit.errors import BackendError, ConfigError, XCiTError
 from xcit.inference.devices import choose_device, describe_device
 from xcit.models.layers import XCABlock
 from xcit.recipes.checkpointing import AtomicCheckpointIO, RunKeeper, check_state
@@ -110,6 +110,12 @@ def _train(config: RunConfig, run: RunFolder, console: Console | None) -> Any:
     if config.compute.precision == "16" and device.type == "cpu":
         raise BackendError("compute.precision is 16, which is for GPUs; take bf16 or 32 on the CPU.")
     job = open_job(config, share, pin_memory=device.type == "cuda")
+    val = job.images.get("val")
+    if job.val_loader is not None and val is not None and len(val) < share.world_size:
+        raise ConfigError(
+            f"The images to validate on are {len(val)}, fewer than the run's {share.world_size} processes; raise "
+            f"data.val_fraction, add images, or lower --devices."
+        )
     state = run.last if run.resume and run.last.exists() else None
     found = check_state(run, asdict(config)) if state else None  # before anything of the run is replaced
     if share.rank == 0:

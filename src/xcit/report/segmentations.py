@@ -19,6 +19,8 @@ from xcit.report.colours import GREY, GROUND, INK
 from xcit.report.detections import MAX_SIDE, _Canvas, _canvas
 from xcit.report.lettering import drawable, font, shortened
 
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Shares of red, green and blue in how bright a pixel is (ITU-R BT.601)."""
 OPACITY = 0.55
 """Of the colours over the image."""
 OUTLINE = 0.95
@@ -49,7 +51,7 @@ def draw_segmentation(
     legend: bool = True,
     max_side: int | None = MAX_SIDE,
 ) -> Image.Image:
-    """Draw a map of classes over its image.
+    """Draw a map of classes over its image, which is grey where it is coloured.
 
     Args:
         image: upright, of mode "RGB" or one that Pillow converts to it.
@@ -111,6 +113,8 @@ def _colour(canvas: _Canvas, labels: np.ndarray, palette: np.ndarray, opacity: f
         pixels = np.asarray(canvas.picture.crop(place)).astype(np.float32)
         share = np.where(edges, np.float32(max(opacity, OUTLINE)), np.float32(opacity))
         share[shown < 0] = 0
+        if opacity:  # grey below: a colour of the image's own would make another of the class's
+            pixels = np.where((shown >= 0)[..., None], (pixels @ LUMA)[..., None], pixels)
         pixels += share[..., None] * (colours[np.maximum(shown, -1)] - pixels)
         canvas.picture.paste(Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8)), place[:2])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -35,6 +35,8 @@ class DenseTask(Task):
         decay: by name, whether a parameter decays.
     """
 
+    remedy: ClassVar[str] = "try a lower --lr (a third of it) or a longer warm-up (optim.warmup_steps)"
+
     def __init__(self, model: nn.Module, *, weight_decay: float, ema_decay: float, seed: int) -> None:
         super().__init__(seed=seed)
         self.model = model
@@ -54,7 +56,8 @@ class DenseTask(Task):
     def note_parts(self, parts: Mapping[str, Tensor], num_images: int) -> None:
         """Add a step's losses to those of the epoch."""
         for name, value in parts.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value.detach().double() * num_images
+            exact = value.detach().to(torch.float64 if value.device.type != "mps" else torch.float32)
+            self._parts[name] = self._parts.get(name, 0.0) + exact * num_images
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Make a step, then average the weights: before any callback saves the state."""
@@ -85,7 +88,7 @@ class DenseTask(Task):
             names: of the parts, as far as there are any, in this order.
 
         Raises:
-            DivergedError: the weights are not numbers any more.
+            DivergedError: the weights, or the statistics of batch norms, are not numbers any more.
         """
         count = max(1.0, float(self.over_processes(torch.tensor([float(self._loss_count)]))[0]))
         there = [name for name in names if name in self._parts]
@@ -93,7 +96,7 @@ class DenseTask(Task):
         figures = {"train_loss": self.take_train_loss()}
         figures |= {f"train_{name}": value / count for name, value in zip(there, sums.tolist(), strict=True)}
         self._parts = {}
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        if not all(bool(torch.isfinite(t).all()) for t in self.model.state_dict().values()):
             self.refuse("weights", math.nan, self.global_step, self.current_epoch, self.lr())
         return figures
 
