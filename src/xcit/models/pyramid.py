@@ -108,14 +108,18 @@ class XCiTPyramid(nn.Module):
         x = self.pos_drop(x)
         levels: list[Tensor] = []
         operations = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
+        enlarging = [stride < self.patch_size for stride in STRIDES]
         for i, block in enumerate(self.blocks):
             x = run_block(block, x, Hp, Wp, recompute=self.grad_checkpointing)
-            levels += [
-                # In this order torch sees a map with channels last, also of a single image.
-                operation(x.unflatten(1, (Hp, Wp)).permute(0, 3, 1, 2))
-                for tap, operation in zip(self.taps, operations, strict=True)
-                if tap == i
-            ]
+            for level, tap in enumerate(self.taps):
+                if tap == i:
+                    # In this order torch sees a map with channels last, also of a single image.
+                    grid = x.unflatten(1, (Hp, Wp)).permute(0, 3, 1, 2)
+                    # What would be larger than the tokens waits: the blocks that follow need the memory.
+                    levels.append(grid if enlarging[level] else operations[level](grid))
+        for level, larger in enumerate(enlarging):
+            if larger:
+                levels[level] = operations[level](levels[level])
         return levels
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
