@@ -137,9 +137,9 @@ class DinoJob(Job):
         self.task = DinoTask(
             student,
             teacher,
-            schedule=schedule_of(config, sampler.num_steps),
+            schedule=schedule_of(config, self.train_loader.sampler.num_steps),
             clip_grad=config.optim.clip_grad,
-            freeze_last_layer_steps=round(config.optim.freeze_last_layer * sampler.num_steps),
+            freeze_last_layer_steps=round(config.optim.freeze_last_layer * self.train_loader.sampler.num_steps),
             seed=config.seed,
             channels_last=config.compute.channels_last,
             compile=config.compute.compile,
