@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from xcit.report import contact_sheet as sheets
+from xcit.report import lettering
 from xcit.report.contact_sheet import BOX, FOLD, GAP, LINE, MARGIN, Cell, Row, contact_sheet, sheet_png
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
@@ -115,7 +116,7 @@ def test_names_stay_within_their_column(tmp_path, name):
     Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
     lines = sheets._two_lines(name)
     assert len(lines) <= 2
-    font = sheets._font(sheets.TEXT - 1)
+    font = lettering.font(sheets.TEXT - 1)
     assert all(font.getlength(line) <= BOX for line in lines)
     sheet = np.array(contact_sheet([Row(None, [Cell(tmp_path / "a.png", "1", name)])], name))
     assert (sheet[:, MARGIN + BOX + 2 : MARGIN + STEP][TOP:] == 255).all()
@@ -129,9 +130,9 @@ def test_a_long_name_keeps_its_beginning_and_its_end():
 
 
 def test_letters_that_the_font_lacks_are_question_marks():
-    assert sheets._drawable("a\nb") == "a?b"
-    assert sheets._drawable("plain (1).jpg") == "plain (1).jpg"
-    assert sheets._drawable("\U0010fffd") == "?"
+    assert lettering.drawable("a\nb") == "a?b"
+    assert lettering.drawable("plain (1).jpg") == "plain (1).jpg"
+    assert lettering.drawable("\U0010fffd") == "?"
 
 
 def test_a_sheet_has_an_end(colours, monkeypatch):
