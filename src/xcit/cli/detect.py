@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from xcit.cli.progress import image_progress
 from xcit.errors import BackendError, ConfigError, DataError, XCiTError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _detect(
     opener = None if listing is None else listing.open
     with ExitStack() as stack:
         sinks = _sinks(stack, detector, paths, results, table, listing)
-        advance = stack.enter_context(_progress(len(paths), format))
+        advance = stack.enter_context(image_progress("detecting", len(paths), format))
         # A progress bar puts itself in stdout's place, so that lines appear above it: hence not before here.
         printed = _printed(format, paths)
         try:
@@ -270,7 +271,7 @@ def _drawn(found: Detections, target: Path, detector: Detector, opener: Callable
     return found
 
 
-# --- arguments and progress -------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _thresholds(score: float, class_score: str | None) -> dict[str, float]:
@@ -312,29 +313,3 @@ def _check_numbers(**numbers: tuple[int | None, int]) -> None:
         problems.append(f"--max-size is {high}, less than --min-size, {low}")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
-
-
-@contextmanager
-def _progress(total: int, format: str) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr if that is a terminal; yield what moves it on by one.
-
-    JSON that goes to a terminal is left alone there: above a bar, long lines would be broken.
-    """
-    if not sys.stderr.isatty() or (format != "table" and sys.stdout.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("detecting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as progress:
-        task = progress.add_task("detecting", total=total)
-        yield lambda: progress.advance(task)

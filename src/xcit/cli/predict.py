@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
+from xcit.cli.progress import image_progress
 from xcit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _predict(
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     predictor = Predictor(model, device=device, batch_size=batch_size, image_size=image_size)
     num_done = num_failed = 0
-    with _progress(len(paths), file, format) as advance:
+    with image_progress("predicting", len(paths), format, to_file=file is not None) as advance:
         # A progress bar puts itself in stdout's place, so that lines appear above it: hence not before here.
         writer = _writer(format, file or sys.stdout, paths)
         try:
@@ -128,32 +129,6 @@ def _writer(format: str, file: TextIO, paths: list[Path]) -> Writer:
         return TableWriter(file, paths, shutil.get_terminal_size().columns if file.isatty() else None)
     writers: dict[str, Callable[[TextIO], Writer]] = {"csv": CsvWriter, "json": JsonWriter, "jsonl": JsonLinesWriter}
     return writers[format](file)
-
-
-@contextmanager
-def _progress(total: int, file: TextIO | None, format: str) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr if that is a terminal; yield what moves it on by one.
-
-    JSON and CSV that go to a terminal are left alone there: above a bar, long lines would be broken.
-    """
-    if not sys.stderr.isatty() or (file is None and format != "table" and sys.stdout.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("predicting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as progress:
-        task = progress.add_task("predicting", total=total)
-        yield lambda: progress.advance(task)
 
 
 @contextmanager

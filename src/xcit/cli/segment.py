@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from xcit.cli.progress import image_progress
 from xcit.errors import ConfigError, DataError, XCiTError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _segment(segmenter: Segmenter, paths: list[Path], targets: Targets | None, t
     ended: BaseException | None = None
     with ExitStack() as stack:
         sinks = _sinks(stack, table)
-        advance = stack.enter_context(_progress(len(paths), format))
+        advance = stack.enter_context(image_progress("segmenting", len(paths), format))
         # A progress bar puts itself in stdout's place, so that lines appear above it: hence not before here.
         printed = _printed(format, paths)
         try:
@@ -215,29 +216,3 @@ def _factors(scales: str) -> tuple[float, ...]:
         return tuple(float(part) for part in scales.split(","))
     except ValueError:
         raise ConfigError(f"--scales is {scales!r}; it must be numbers with commas, such as 0.5,1,1.5.") from None
-
-
-@contextmanager
-def _progress(total: int, format: str) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr if that is a terminal; yield what moves it on by one.
-
-    JSON that goes to a terminal is left alone there: above a bar, long lines would be broken.
-    """
-    if not sys.stderr.isatty() or (format != "table" and sys.stdout.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("segmenting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-    ) as progress:
-        task = progress.add_task("segmenting", total=total)
-        yield lambda: progress.advance(task)
