@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from xcit.errors import CheckpointError, ConfigError
+from xcit.models.dense_backbone import dense_backbone
 from xcit.models.dialects import State, tensors_only, unwrap
 from xcit.models.download import download, is_url, verify_sha256
-from xcit.models.factory import check_overrides, create_model
+from xcit.models.factory import check_overrides
 from xcit.models.mask_rcnn import MaskRCNN
 from xcit.models.mmdet_files import from_mmdet, is_mmdet
 from xcit.models.pyramid import XCiTPyramid, default_taps
@@ -67,8 +68,9 @@ def create_detector(
             detector's weights, ours or mmdetection's. Own files bring theirs: leave it out there.
         num_classes: foreground classes. None means as many as the weights have, or 80. Another number than the
             weights' gets new, random last layers.
-        backbone: initial weights of the backbone alone, of a classifier or of DINO: True for the architecture's
-            released classifier, a released checkpoint's name, or a file. Not together with ``pretrained``.
+        backbone: initial weights of the backbone alone: True for the architecture's released classifier, a released
+            checkpoint's name, or a file, of a classifier, of DINO, or of a detector or a segmenter, whose heads are
+            left aside. Not together with ``pretrained``.
         **options: other arguments of ``MaskRCNN`` (``min_size``, ``score_thresh``, ...) and of ``XCiT``
             (``drop_path_rate``, ...).
 
@@ -97,13 +99,9 @@ def create_detector(
         file = _released(architecture) if pretrained is True else read_detector(pretrained)
         _check_architecture(file, architecture, overrides)
         return _with_weights(file, num_classes, own, overrides)
-    if backbone is False or backbone is True:
-        model = create_model(architecture.id, backbone, num_classes=0, **overrides)
-    else:
-        model = _backbone(architecture, backbone, overrides)
-    taps = own.pop("taps", None)
-    own = {key: model.pretrained_cfg[key] for key in ("mean", "std") if model.pretrained_cfg.get(key)} | own
-    return MaskRCNN(XCiTPyramid(model, taps), 80 if num_classes is None else num_classes, **own)
+    pyramid = dense_backbone(architecture, backbone, overrides, taps=own.pop("taps", None), whole="detector")
+    own = {key: pyramid.pretrained_cfg[key] for key in ("mean", "std") if pyramid.pretrained_cfg.get(key)} | own
+    return MaskRCNN(pyramid, 80 if num_classes is None else num_classes, **own)
 
 
 def save_detector(model: nn.Module, path: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
@@ -234,17 +232,6 @@ def _check_architecture(file: DetectorFile, architecture: Architecture, override
         f"{file.name} is a detector on {looks}, not on {architecture.id}{asked and f' with {asked}'}; name the "
         f"architecture{sizes} that its weights are of."
     )
-
-
-def _backbone(architecture: Architecture, source: str | Path, overrides: dict[str, Any]) -> XCiT:
-    """Return a backbone filled from a checkpoint's name or a file, which must be of this architecture."""
-    name = os.fspath(source)
-    if name in CHECKPOINTS or name in ARCHITECTURES:
-        origin, _ = find(name)
-        if origin.id != architecture.id:
-            raise ConfigError(f"backbone is {name}, of {origin.id}; the detector is to be on {architecture.id}.")
-        return create_model(name, True, num_classes=0, **overrides)
-    return create_model(architecture.id, name, num_classes=0, **overrides)
 
 
 def _with_weights(

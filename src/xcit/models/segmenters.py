@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from xcit.errors import CheckpointError, ConfigError, UnknownNameError, XCiTError
+from xcit.models.dense_backbone import dense_backbone
 from xcit.models.dialects import State
 from xcit.models.download import download, is_url, verify_sha256
-from xcit.models.factory import create_model
 from xcit.models.mmdet_files import is_mmdet
 from xcit.models.mmseg_files import SIZES, from_mmseg, shown
 from xcit.models.pyramid import XCiTPyramid
@@ -72,8 +72,9 @@ def create_segmenter(
         num_classes: None means as many as the weights have, or 150. Another number than the weights' gets new, random
             last layers.
         head: "upernet" or "sem_fpn". None means what the name or the weights say, or "upernet".
-        backbone: initial weights of the backbone alone, of a classifier or of DINO: True for the architecture's
-            released classifier, a released checkpoint's name, or a file. Not together with ``pretrained``.
+        backbone: initial weights of the backbone alone: True for the architecture's released classifier, a released
+            checkpoint's name, or a file, of a classifier, of DINO, or of a detector or a segmenter, whose heads are
+            left aside. Not together with ``pretrained``.
         **options: other arguments of ``UperNet`` or ``SemanticFPN`` (``channels``, ``dropout``, ...), ``taps``, and
             arguments of ``XCiT`` (``drop_path_rate``, ...).
 
@@ -103,10 +104,9 @@ def create_segmenter(
         return _with_weights(file, num_classes, head, options)
     kind = HEADS[head or UperNet.head]
     own, overrides = _sorted_options(options, kind)
-    taps = own.pop("taps", None)
-    model = _backbone(architecture, backbone, overrides)
-    own = {key: model.pretrained_cfg[key] for key in ("mean", "std") if model.pretrained_cfg.get(key)} | own
-    return kind(XCiTPyramid(model, taps), 150 if num_classes is None else num_classes, **own)
+    pyramid = dense_backbone(architecture, backbone, overrides, taps=own.pop("taps", None), whole="segmenter")
+    own = {key: pyramid.pretrained_cfg[key] for key in ("mean", "std") if pyramid.pretrained_cfg.get(key)} | own
+    return kind(pyramid, 150 if num_classes is None else num_classes, **own)
 
 
 def save_segmenter(
@@ -316,19 +316,6 @@ def _check_architecture(file: SegmenterFile, architecture: Architecture, overrid
         f"{file.name} is a segmenter on {looks}, not on {architecture.id}{asked and f' with {asked}'}; name the "
         f"architecture{sizes} that its weights are of."
     )
-
-
-def _backbone(architecture: Architecture, source: bool | str | Path, overrides: dict[str, Any]) -> XCiT:
-    """Return a backbone: random, released, or from a checkpoint's name or a file, which must be of the architecture."""
-    if isinstance(source, bool):
-        return create_model(architecture.id, source, num_classes=0, **overrides)
-    name = os.fspath(source)
-    if name in CHECKPOINTS or name in ARCHITECTURES:
-        origin, _ = find(name)
-        if origin.id != architecture.id:
-            raise ConfigError(f"backbone is {name}, of {origin.id}; the segmenter is to be on {architecture.id}.")
-        return create_model(name, True, num_classes=0, **overrides)
-    return create_model(architecture.id, name, num_classes=0, **overrides)
 
 
 def _with_weights(

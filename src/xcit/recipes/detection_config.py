@@ -17,7 +17,7 @@ class DetectorConfig:
     """The backbone, an XCiT architecture (``xcit models``)."""
     pretrained: str = "none"
     """Initial weights: none (random), released (the backbone's classifier), coco (the released detector), a released
-    checkpoint's name, or a file: of a detector, a classifier or DINO."""
+    checkpoint's name, or a file: of a detector, or of a segmenter, a classifier or DINO, which gives its backbone."""
     drop_path_rate: Annotated[float, Range(0, 0.9)] = 0.0
     """Stochastic depth of every XCA block."""
     grad_checkpointing: bool = False

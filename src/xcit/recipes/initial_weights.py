@@ -76,6 +76,6 @@ def backbone_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def backbone_source(source: str) -> bool | str:
-    """Return what of a classifier or DINO to begin with, as ``create_model`` takes it."""
+    """Return what to begin the backbone with, as ``dense_backbone`` takes it."""
     choices: dict[str, bool | str] = {"none": False, "released": True}
     return choices.get(source, source)
