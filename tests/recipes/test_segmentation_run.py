@@ -24,7 +24,7 @@ from xcit.recipes.registry import RECIPES
 from xcit.recipes.run_folder import RunFolder, new_run, open_run
 from xcit.recipes.segmentation import ade20k, segment_own
 from xcit.recipes.segmentation_job import SegmentationJob, augment_of, schedule_of
-from xcit.recipes.settings import check_config, write_config
+from xcit.recipes.settings import check_config, override, write_config
 from xcit.recipes.train import train
 from xcit.tasks.segmentation import PolySchedule, SegmentationTask
 from xcit.tasks.task import DivergedError
@@ -230,6 +230,34 @@ def test_the_command_line(scenes, tmp_path, capsys, tiny):
     assert "no such" in capsys.readouterr().err
     assert main(["train", "segment_scenes", "--teacher", "x"]) == 2
     assert "--teacher is not for this recipe" in capsys.readouterr().err
+
+
+def test_weights_of_classes(tiny, capsys, tmp_path):
+    """They go by name, a name that is none is refused, and the settings survive their file."""
+    config = override(tiny, {"data.class_weights": "{background: 0.5, 3: 2}", "data.class_weights.7": "1e-1"})
+    assert config.data.class_weights == {"background": 0.5, "3": 2.0, "7": 0.1}
+    write_config(config, tmp_path / "weights.yaml")
+    assert read_config(tmp_path / "weights.yaml") == config
+    weights = SegmentationJob(config).task.class_weights
+    want = torch.ones(11)
+    want[0], want[4], want[8] = 0.5, 2, 0.1
+    assert torch.equal(weights, want)
+    assert SegmentationJob(override(tiny, {"data.class_weights.7": 1})).task.class_weights is None
+    for name, problem in (
+        ("backgruond", "a class that the data does not have (did you mean background?)."),
+        ("sky", "a class that the data does not have; its classes are background, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9."),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            SegmentationJob(override(tiny, {f"data.class_weights.{name}": 0.5}))
+        assert str(caught.value) == f"data.class_weights names {name!r}, {problem}"
+    command = ["train", "segment_scenes", "--data", tiny.data.root, "--out", str(tmp_path / "run")]
+    assert main([*command, "--set", "data.class_weights=0.5"]) == 2
+    assert "data.class_weights is 0.5; it must be numbers by name" in capsys.readouterr().err
+    assert main([*command, "--set", "data.class_weights={sky: blue}"]) == 2
+    assert "data.class_weights.sky is 'blue'; it must be a number" in capsys.readouterr().err
+    assert main([*command, "--set", "data.class_weights.background=-1"]) == 2
+    assert "data.class_weights.background is -1; it must be from 0 to 1e+06" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_replaced_whole(tiny, tmp_path):

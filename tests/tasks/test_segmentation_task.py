@@ -58,6 +58,20 @@ def test_the_loss_is_the_mean_over_all_pixels_ignored_ones_included():
     assert pixel_loss(torch.from_numpy(logits), torch.full((2, 11, 15), IGNORE)).item() == 0
 
 
+def test_a_weight_is_a_factor_on_the_loss_of_its_class():
+    torch.manual_seed(0)
+    logits, masks = torch.randn(2, 3, 5, 7, dtype=torch.float64), torch.randint(-1, 3, (2, 5, 7))
+    masks[masks == -1] = IGNORE
+    weights = torch.tensor([0.25, 1.0, 3.0])
+    scores = logits.log_softmax(1)
+    want = sum(
+        -float(weights[masks[b, i, j]] * scores[b, masks[b, i, j], i, j])
+        for b, i, j in np.ndindex(2, 5, 7)
+        if masks[b, i, j] != IGNORE
+    )
+    assert pixel_loss(logits, masks, weights).item() == pytest.approx(want / masks.numel(), rel=1e-12)
+
+
 def test_only_layer_norms_are_spared_from_decay():
     model = small("upernet", auxiliary_channels=8)
     spared = {name for name, decayed in norm_spared_decay(model).items() if not decayed}
@@ -85,11 +99,12 @@ def test_the_rate_of_every_step(power, min_lr):
     assert plan.at(80) == pytest.approx(min_lr)
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0]])
 @pytest.mark.parametrize("head", ["upernet", "sem_fpn"])
-def test_a_step_weighs_the_auxiliary_loss(head):
+def test_a_step_weighs_the_auxiliary_loss(head, weights):
     torch.manual_seed(1)
     model = small(head).eval()  # no dropout
-    task = SegmentationTask(model, schedule=PolySchedule(1e-3, 0, 1, 1, 0, 10))
+    task = SegmentationTask(model, schedule=PolySchedule(1e-3, 0, 1, 1, 0, 10), class_weights=weights)
     task.watch = lambda loss, num_images: None
     model.eval()
     batch = MaskedImages(
@@ -97,9 +112,10 @@ def test_a_step_weighs_the_auxiliary_loss(head):
     )
     loss = task.training_step(batch, 0)
     low, auxiliary = model.forward_auxiliary(batch.images)
-    want = pixel_loss(low, batch.masks)
+    factors = None if weights is None else torch.tensor(weights)
+    want = pixel_loss(low, batch.masks, factors)
     if head == "upernet":
-        want = want + 0.4 * pixel_loss(auxiliary, batch.masks)
+        want = want + 0.4 * pixel_loss(auxiliary, batch.masks, factors)
     torch.testing.assert_close(loss, want)
 
 

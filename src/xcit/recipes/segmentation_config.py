@@ -19,7 +19,7 @@ class SegmenterConfig:
     """UperNet, or Semantic FPN."""
     pretrained: str = "none"
     """Initial weights: none (random), released (the backbone's classifier), ade20k (the released segmenter), a released
-    checkpoint's name, or a file: of a segmenter, a classifier or DINO."""
+    checkpoint's name, or a file: of a segmenter, or of a detector, a classifier or DINO, which gives its backbone."""
     drop_path_rate: Annotated[float, Range(0, 0.9)] = 0.0
     """Stochastic depth of every XCA block."""
     grad_checkpointing: bool = False
@@ -50,6 +50,9 @@ class MaskedDataConfig:
     """Pixels of the shorter side in validation, and in use."""
     max_size: Annotated[int, Range(32, 1 << 15)] = 2048
     """At most so many of the longer side."""
+    class_weights: dict[str, float] = field(default_factory=dict)
+    """Factors on the loss of some classes' pixels, by name, such as 0.2 for a background that is nearly everything;
+    of classes that are not named, 1."""
     max_bad_fraction: Share = 0.1
     """Stop if more than this share of the images cannot be used; fewer are skipped and listed."""
     num_workers: Annotated[int, Range(-1, 256)] = -1
@@ -152,6 +155,9 @@ class SegmentationConfig(RunConfig):
             )
         if (model.head == "sem_fpn" or not model.auxiliary_channels) and self.optim.auxiliary_weight != weight:
             yield f"optim.auxiliary_weight is {self.optim.auxiliary_weight:g}, but there is no auxiliary head; leave it"
+        for name, factor in self.data.class_weights.items():
+            if not 0 <= factor <= 1e6:
+                yield f"data.class_weights.{name} is {factor:g}; it must be from 0 to 1e+06"
         alone = self.world_size == 1 or self.compute.device == "cpu"  # else batch norms are synchronised
         if self.micro_batch_size == 1 and model.head == "upernet" and alone:
             yield (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ class SegmentationJob(Job):
             schedule=schedule_of(config, self.train_loader.sampler.num_steps),
             weight_decay=optim.weight_decay,
             auxiliary_weight=optim.auxiliary_weight,
+            class_weights=weights_of(data.class_weights, train.class_names),
             ema_decay=optim.ema_decay,
             seed=config.seed,
         )
@@ -237,6 +239,22 @@ def build_segmenter(config: SegmentationConfig, train: MaskSet) -> SegmentationM
         model = create_segmenter(architecture.id, num_classes=num_classes, backbone=backbone_source(source), **options)
     model.set_grad_checkpointing(wanted.grad_checkpointing)
     return model.train()
+
+
+def weights_of(factors: Mapping[str, float], class_names: Sequence[str]) -> list[float] | None:
+    """Return the factor on the loss of each class's pixels; None if all are 1.
+
+    Raises:
+        ConfigError: a class is named that the data does not have.
+    """
+    for name in factors:
+        if name not in class_names:
+            near = difflib.get_close_matches(name, class_names, n=1)
+            shown = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
+            hint = f" (did you mean {near[0]}?)" if near else f"; its classes are {shown}"
+            raise ConfigError(f"data.class_weights names {name!r}, a class that the data does not have{hint}.")
+    weights = [factors.get(name, 1.0) for name in class_names]
+    return weights if set(weights) != {1.0} else None
 
 
 def augment_of(config: SegmentationConfig, model: SegmentationModel) -> SegmentationAugment:

@@ -217,6 +217,8 @@ def _typed(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
             return value
         problems.append(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
         return None
+    if get_origin(kind) is dict and get_args(kind)[1] is float:
+        return _numbers(value, name, problems)
     if get_origin(kind) is dict:
         if isinstance(value, Mapping) and all(type(v) in (bool, int, float, str) for v in value.values()):
             return dict(value)
@@ -227,6 +229,14 @@ def _typed(kind: Any, value: Any, name: str, problems: list[str]) -> Any:
     word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
     problems.append(f"{name} is {value!r}; it must be {word}")
     return None
+
+
+def _numbers(value: Any, name: str, problems: list[str]) -> dict[str, float] | None:
+    if not isinstance(value, Mapping):
+        problems.append(f"{name} is {value!r}; it must be numbers by name")
+        return None
+    numbers = {str(key): _typed(float, number, f"{name}.{key}", problems) for key, number in value.items()}
+    return None if None in numbers.values() else numbers
 
 
 def _range_problems(config: Any, prefix: str) -> Iterator[str]:

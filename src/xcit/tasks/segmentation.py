@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,18 +70,22 @@ class PolyScheduler(Scheduler):
 
 
 def pixel_loss(
-    logits: Float[Tensor, "batch classes rows columns"], masks: Int64[Tensor, "batch height width"]
+    logits: Float[Tensor, "batch classes rows columns"],
+    masks: Int64[Tensor, "batch height width"],
+    class_weights: Float[Tensor, " classes"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the cross-entropy of the logits at the size of the masks, the mean over all pixels, ignored ones included.
 
     An ignored pixel adds nothing to the sum and one to what it is divided by: a crop half of which is padding weighs
-    half, as in the released training.
+    half, as in the released training. Nor are weights of the classes divided out: they are factors on the pixels' loss.
 
-    Source: mmsegmentation 0.11's cross-entropy, whose mean is over what the loss was computed for, ignored or not.
+    Source: mmsegmentation 0.11's cross-entropy, whose mean is over what the loss was computed for, ignored or not, and
+    its ``class_weight``.
     """
     # Bilinear weights and log-softmax in half precision lose what the loss lives on.
     whole = resize(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, masks.shape[-2:])
-    return F.cross_entropy(whole, masks, ignore_index=IGNORE, reduction="sum") / masks.numel()
+    weights = None if class_weights is None else class_weights.to(whole)
+    return F.cross_entropy(whole, masks, weights, ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
 class SegmentationTask(DenseTask):
@@ -96,6 +100,7 @@ class SegmentationTask(DenseTask):
         schedule: of the learning rate.
         weight_decay: of the parameters that ``norm_spared_decay`` names.
         auxiliary_weight: of the auxiliary head's loss.
+        class_weights: factors (K,) on the loss of the classes' pixels, in both losses; None for 1.
         ema_decay: decay a step of the averaged weights; 0 keeps none.
         seed: of the run.
 
@@ -103,6 +108,7 @@ class SegmentationTask(DenseTask):
     """
 
     model: SegmentationModel
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -111,12 +117,15 @@ class SegmentationTask(DenseTask):
         schedule: PolySchedule,
         weight_decay: float = 0.01,
         auxiliary_weight: float = 0.4,
+        class_weights: Sequence[float] | None = None,
         ema_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(model, weight_decay=weight_decay, ema_decay=ema_decay, seed=seed)
         self.schedule = schedule
         self.auxiliary_weight = auxiliary_weight
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.evaluation: dict[str, SegmentationFigures] = {}
         self._matrices: dict[str, Tensor] = {}
 
@@ -129,10 +138,11 @@ class SegmentationTask(DenseTask):
         assert isinstance(batch.images, Tensor)
         assert isinstance(batch.masks, Tensor)
         logits, auxiliary = self.model.forward_auxiliary(batch.images)
-        loss = pixel_loss(logits, batch.masks)
+        loss = pixel_loss(logits, batch.masks, self.class_weights)
         parts = {}
         if auxiliary is not None:
-            parts = {"loss_decode": loss, "loss_auxiliary": pixel_loss(auxiliary, batch.masks)}
+            auxiliary_loss = pixel_loss(auxiliary, batch.masks, self.class_weights)
+            parts = {"loss_decode": loss, "loss_auxiliary": auxiliary_loss}
             loss = loss + self.auxiliary_weight * parts["loss_auxiliary"]
         self.watch(loss.detach(), len(batch.images))
         self.note_parts(parts, len(batch.images))
