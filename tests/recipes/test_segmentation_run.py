@@ -168,10 +168,11 @@ def test_training_begins_with_what_is_asked_for(tiny, finished, tmp_path, head):
 
 def test_training_goes_on_from_a_runs_own_file(tiny, finished):
     run, _, _ = finished
-    wanted = replace(tiny.model, pretrained=str(run.model), channels=0)
-    begun, trained = SegmentationJob(replace(tiny, model=wanted)).task.model, xcit.create_segmenter(run.model)
-    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), trained.parameters(), strict=True))
-    with pytest.raises(ConfigError, match=r"model\.channels is set, but .* brings its heads"):
+    wanted, trained = replace(tiny.model, pretrained=str(run.model)), xcit.create_segmenter(run.model)
+    for channels in (0, tiny.model.channels):  # the file's, or the recipe's own, which are the same
+        begun = SegmentationJob(replace(tiny, model=replace(wanted, channels=channels))).task.model
+        assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), trained.parameters(), strict=True))
+    with pytest.raises(ConfigError, match=r"model\.channels is 4, but the heads that .* brings have 8; set it to 0"):
         SegmentationJob(replace(tiny, model=replace(wanted, channels=4)))
     with pytest.raises(xcit.XCiTError, match="xcit_nano_12_p16"):  # which has another depth and width
         SegmentationJob(replace(tiny, model=replace(wanted, options={})))

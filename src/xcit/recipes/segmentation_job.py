@@ -223,20 +223,20 @@ def build_segmenter(config: SegmentationConfig, train: MaskSet) -> SegmentationM
     num_classes, source = len(train.class_names), wanted.pretrained
     segmenter = whole_model(source, architecture.id, word="ade20k", task="segmentation", read=read_segmenter)
     widths = {"channels": wanted.channels, "fpn_channels": wanted.fpn_channels}
-    given = [name for name, width in widths.items() if width]
-    if segmenter is not None and given:
-        raise ConfigError(
-            f"model.{given[0]} is set, but {source} brings its heads, and they have their widths; leave it at 0."
-        )
+    widths = {name: width for name, width in widths.items() if width}
     if isinstance(segmenter, str) and segmenter in CHECKPOINTS:
         model = create_segmenter(segmenter, True, num_classes, **options)
     elif segmenter is not None:
         model = create_segmenter(architecture.id, segmenter, num_classes, **options)
     else:
-        options |= {name: width for name, width in widths.items() if width}
+        options |= widths
         if wanted.head == "upernet":
             options["auxiliary_channels"] = wanted.auxiliary_channels
         model = create_segmenter(architecture.id, num_classes=num_classes, backbone=backbone_source(source), **options)
+    for name, width in widths.items():
+        theirs = model.config.get(name)
+        if theirs != width:
+            raise ConfigError(f"model.{name} is {width}, but the heads that {source} brings have {theirs}; set it to 0.")
     model.set_grad_checkpointing(wanted.grad_checkpointing)
     return model.train()
 
