@@ -57,6 +57,8 @@ def test_nothing_on_imagenet_or_in_the_transfer_table_is_claimed():
         "digits_quickstart",
         "dino_digits",
         "detect_scenes",
+        "segment_scenes",
+        "segment_scenes_upernet",
         *(name for name in RECIPES if name.startswith("digits_")),
     }
     assert claimed <= own

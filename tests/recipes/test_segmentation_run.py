@@ -172,7 +172,7 @@ def test_training_goes_on_from_a_runs_own_file(tiny, finished):
     for channels in (0, tiny.model.channels):  # the file's, or the recipe's own, which are the same
         begun = SegmentationJob(replace(tiny, model=replace(wanted, channels=channels))).task.model
         assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), trained.parameters(), strict=True))
-    with pytest.raises(ConfigError, match=r"model\.channels is 4, but the heads that .* brings have 8; set it to 0"):
+    with pytest.raises(ConfigError, match=r"model\.channels is 4, but the heads that .* brings have 8; take 0"):
         SegmentationJob(replace(tiny, model=replace(wanted, channels=4)))
     with pytest.raises(xcit.XCiTError, match="xcit_nano_12_p16"):  # which has another depth and width
         SegmentationJob(replace(tiny, model=replace(wanted, options={})))

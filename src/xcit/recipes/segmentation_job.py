@@ -236,7 +236,7 @@ def build_segmenter(config: SegmentationConfig, train: MaskSet) -> SegmentationM
     for name, width in widths.items():
         theirs = model.config.get(name)
         if theirs != width:
-            raise ConfigError(f"model.{name} is {width}, but the heads that {source} brings have {theirs}; set it to 0.")
+            raise ConfigError(f"model.{name} is {width}, but the heads that {source} brings have {theirs}; take 0.")
     model.set_grad_checkpointing(wanted.grad_checkpointing)
     return model.train()
 
