@@ -44,7 +44,8 @@ def predict(
     `xcit predict photos/ --model runs/quickstart/model.safetensors --output classes.csv`.
 
     MODEL is a released model's name (`xcit models` lists them; an architecture means its distilled weights at 224 px;
-    downloaded once), a checkpoint that xcit wrote, or hf-hub:owner/name. Images are prepared as its weights expect.
+    downloaded once), a checkpoint that xcit wrote, a file that `xcit export` wrote (.onnx, .xml, .pt2, .pte; it runs in
+    its own runtime on the CPU), or hf-hub:owner/name. Images are prepared as its weights expect.
 
     A file that cannot be predicted costs one line on stderr, not the run. Results are written as they come; those made
     before Ctrl-C are kept. csv, json and jsonl (one JSON object a line) also hold the failed files, with their errors.

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from xcit.data.labels import class_names
 from xcit.data.preprocess import Preprocessing
 from xcit.errors import ConfigError, DataError, UnknownNameError
+from xcit.inference.runtime_model import load_exported
+from xcit.inference.runtimes import is_artefact
 from xcit.inference.stream import ImageStream, Item, Source
 from xcit.models.weights import bare
 from xcit.models.xcit import XCiT
@@ -52,7 +54,8 @@ class Predictor(ImageStream):
 
     Args:
         model: what ``create_model`` takes as a name (with ``pretrained=True``: an architecture means its distilled
-            weights at 224 px), the path of a checkpoint, or an ``XCiT`` itself, compiled or not. A model that is
+            weights at 224 px), the path of a checkpoint, that of a file that ``xcit export`` wrote (.onnx, .xml, .pt2,
+            .pte), which runs in its own runtime on the CPU, or an ``XCiT`` itself, compiled or not. A model that is
             passed stays the caller's: it is used where it lies and is neither moved nor left in another mode. Each
             batch runs in eval mode, after which every module is back in the mode it was in.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". For a model that is passed, "auto" is the device it is on.
@@ -73,7 +76,7 @@ class Predictor(ImageStream):
         CheckpointError: its weights cannot be had.
         ConfigError: a model without classifier or for other than RGB or grey images; one that does not say how to
             prepare images; a batch or image size out of range; a device other than that of the model passed.
-        BackendError: the device is not available here.
+        BackendError: the device, or the runtime of an exported file, is not available here.
 
     Example:
         >>> predictor = xcit.Predictor("xcit_small_12_p16_224_dist")
@@ -91,7 +94,10 @@ class Predictor(ImageStream):
         preprocessing: Preprocessing | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            _refuse_without_classes(os.fspath(model))
+            if is_artefact(model):
+                model = load_exported(model, device=device, image_size=image_size)
+            else:
+                _refuse_without_classes(os.fspath(model))
         super().__init__(
             model, device=device, batch_size=batch_size, image_size=image_size, preprocessing=preprocessing
         )
