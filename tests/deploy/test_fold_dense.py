@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from xcit.deploy.fold import fold
 from xcit.deploy.folded_models import FoldedPyramid
 from xcit.errors import ConfigError, ShapeError
+from xcit.models.detectors import save_detector
 from xcit.models.mask_rcnn import MaskRCNN
 from xcit.models.pyramid import XCiTPyramid
+from xcit.models.segmenters import save_segmenter
 from xcit.models.semantic_fpn import SemanticFPN
 from xcit.models.upernet import UperNet
 from xcit.models.xcit import XCiT
@@ -103,3 +106,13 @@ def test_a_detector_finds_the_same(randomize) -> None:
 def test_sizes_below_the_coarsest_level_are_refused() -> None:
     with pytest.raises(ConfigError, match="image_sizes holds 16 x 64; the model takes images of 17 px"):
         fold(pyramid_of(), image_sizes=[(16, 64)])
+
+
+def test_a_folded_model_is_not_saved(tmp_path: Path) -> None:
+    """Its file would describe the model that it was folded from."""
+    detector = MaskRCNN(pyramid_of(), num_classes=2)
+    for save, model in ((save_detector, detector), (save_segmenter, SemanticFPN(pyramid_of(), 3, channels=8))):
+        with pytest.raises(ConfigError, match="save the one that it was folded from"):
+            save(fold(model).model, tmp_path / "m.safetensors")
+        assert save(model, tmp_path / "m.safetensors").exists()
+        (tmp_path / "m.safetensors").unlink()

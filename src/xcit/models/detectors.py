@@ -121,6 +121,8 @@ def save_detector(model: nn.Module, path: str | Path, *, class_names: Sequence[s
     """
     if not isinstance(model, MaskRCNN):
         raise ConfigError(f"Expected a MaskRCNN, got {type(model).__name__}; save_checkpoint writes classifiers.")
+    if not isinstance(model.backbone.body, XCiTPyramid):
+        raise ConfigError("The model is folded, which its file could not say; save the one that it was folded from.")
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path.name} does not end in .safetensors, the format that xcit writes; name it so.")

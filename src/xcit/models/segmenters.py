@@ -136,6 +136,8 @@ def save_segmenter(
             f"Expected a UperNet or a SemanticFPN, got {type(model).__name__}; save_checkpoint writes classifiers, "
             f"save_detector detectors."
         )
+    if not isinstance(model.backbone, XCiTPyramid):
+        raise ConfigError("The model is folded, which its file could not say; save the one that it was folded from.")
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise ConfigError(f"{path.name} does not end in .safetensors, the format that xcit writes; name it so.")
