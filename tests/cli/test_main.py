@@ -24,7 +24,7 @@ def test_help_names_every_verb_with_its_first_line(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     verbs = "predict,detect,segment,train,eval,probe,embed,index,search,duplicates,retrieval,attend,"
-    verbs += "data,quickstart,models,info,doctor"
+    verbs += "export,bench,data,quickstart,models,info,doctor"
     assert f"usage: xcit [-h] {{{verbs}}}" in text
     assert "predict     Name the likeliest classes of images." in text
     assert "Exit status" not in text  # that is what `xcit predict --help` is for

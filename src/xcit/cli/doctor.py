@@ -31,6 +31,8 @@ EXTRAS = {
     "retrieval": (("faiss-cpu", "pyarrow"), "xcit embed, index, search and duplicates"),
     "video": (("av",), "xcit attend on videos"),
     "detection": (("faster-coco-eval",), "COCO-format masks, and average precision"),
+    "export": (("onnx", "onnxscript", "onnxruntime", "openvino"), "xcit export, and xcit predict of what it wrote"),
+    "edge": (("executorch",), "xcit export to ExecuTorch"),
 }
 """Of each extra: the packages that it installs, and the verbs that need them."""
 
