@@ -283,6 +283,18 @@ def test_a_truncated_file_is_caught(model, tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
+def test_a_file_on_which_its_runtime_fails_is_caught(model, tmp_path, monkeypatch):
+    def fail(self, images):
+        raise ValueError("Traceback\n node 7: invalid index")  # as onnxruntime's errors, no RuntimeError
+
+    monkeypatch.setattr("xcit.inference.runtime_torch.TorchSession._run", fail)
+    with pytest.raises(
+        ExportError, match=r"not kept: torch .* fails on m\.pt2 for images .* \(node 7: invalid index\)"
+    ):
+        export(model, tmp_path / "m.pt2", format="torch-export", size=48, fold=False)
+    assert left(tmp_path) == []
+
+
 def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

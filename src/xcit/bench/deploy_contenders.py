@@ -66,8 +66,9 @@ def prepare(
     """
     if case.group == "training":
         compare_gradients(case, device)
-    # a few graphs of one class are kept, and beyond them the compiler gives up without an error
-    torch.compiler.reset()
+    if any(entry.runtime == "compile" for entry in wanted):
+        # a few graphs of one class are kept, and beyond them the compiler gives up without an error
+        torch.compiler.reset()
     truths: dict[str, np.ndarray] = {}
     runners: list[Runner] = []
     for number, entry in enumerate(wanted):

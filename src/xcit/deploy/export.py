@@ -9,6 +9,8 @@ Legend: B batch, C channels, H x W the image.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +22,8 @@ from xcit.data.labels import class_names
 from xcit.deploy.convert import check_open, check_packages, check_pair, write_artefact
 from xcit.deploy.export_files import appearing
 from xcit.deploy.proof import KINDS, Proof, failure, prove, write_proof
-from xcit.errors import CheckpointError, ConfigError, ExportError
-from xcit.inference.runtimes import SUFFIXES, Session, open_session
+from xcit.errors import BackendError, CheckpointError, ConfigError, ExportError
+from xcit.inference.runtimes import SUFFIXES, open_session
 from xcit.models.layers import XCA
 from xcit.models.mask_rcnn import MaskRCNN
 from xcit.models.pyramid import XCiTPyramid
@@ -148,16 +150,17 @@ def export(
             output_names=task.outputs,
             description=description,
         )
-        session = _opened(staged)
-        proof = prove(
-            session,
-            task.model,
-            shapes,
-            dtype=dtype,
-            mean=mean,
-            std=std,
-            scores=task.name in ("classification", "segmentation"),
-        )
+        with _usable(staged):
+            session = open_session(staged)
+            proof = prove(
+                session,
+                task.model,
+                shapes,
+                dtype=dtype,
+                mean=mean,
+                std=std,
+                scores=task.name in ("classification", "segmentation"),
+            )
         if not proof.passed:
             raise failure(proof, path.name)
         description = session.description
@@ -167,16 +170,16 @@ def export(
     return Exported(path, tuple(path.with_name(name) for name in names), proof, report, description)
 
 
-def _opened(staged: Path) -> Session:
-    """Open what was just written.
+@contextmanager
+def _usable(staged: Path) -> Iterator[None]:
+    """Turn a failure to open or to run what was just written into the reason why it is not kept.
 
     Raises:
-        BackendError: its runtime is not there.
-        ExportError: it cannot be read.
+        ExportError: it cannot be read, or its runtime fails on it.
     """
     try:
-        return open_session(staged)
-    except CheckpointError as error:
+        yield
+    except (CheckpointError, BackendError) as error:
         reason = str(error).replace(str(staged), staged.name)
         raise ExportError(f"What was written cannot be used, and is not kept: {reason}") from error
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from xcit.inference.runtimes import DESCRIPTION, Session, damaged, missing, read_description
 
-QUIET = 3
-"""onnxruntime's log level for errors and worse: its warnings are not for users."""
+QUIET = 4
+"""onnxruntime's log level for what is fatal: its warnings are not for users, and its errors come as exceptions too."""
 
 
 class OnnxSession(Session):

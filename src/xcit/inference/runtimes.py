@@ -64,9 +64,16 @@ class Session(ABC):
 
         Raises:
             ShapeError: another shape or type than the file was made for; the message says which it takes.
+            BackendError: the runtime fails on it.
         """
         self.check(images)
-        return tuple(np.asarray(output) for output in self._run(np.ascontiguousarray(images)))
+        try:
+            return tuple(np.asarray(output) for output in self._run(np.ascontiguousarray(images)))
+        except Exception as error:  # the runtimes' exceptions have no common base
+            raise BackendError(
+                f"{self.runtime} {self.version} fails on {self.path} for images {tuple(images.shape)} "
+                f"({_reason(error)}); export the model again, with a fixed --size, or for another runtime."
+            ) from error
 
     def check(self, images: np.ndarray) -> None:
         """Raise ShapeError for images that the file was not made for."""
@@ -181,6 +188,10 @@ def missing(package: str, extra: str, error: ImportError) -> BackendError:
 
 def damaged(path: Path, runtime: str, error: Exception) -> CheckpointError:
     """Return the error for a file that its runtime cannot read, with the runtime's reason in one line."""
+    return CheckpointError(f"{path} cannot be read by {runtime} ({_reason(error)}): it is damaged, or no such file.")
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's last line, where the runtimes say what the matter is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[-1][:200].rstrip(".") if lines else type(error).__name__
-    return CheckpointError(f"{path} cannot be read by {runtime} ({reason}): it is damaged, or no such file.")
+    return lines[-1][:200].rstrip(".") if lines else type(error).__name__
