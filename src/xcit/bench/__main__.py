@@ -221,6 +221,28 @@ def _self_supervision(
         sys.exit(stop.exit_code)
 
 
+@app.command(name="plots")
+def _plots(
+    runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    results: Path = RESULTS,
+    out: Path = Path("docs/images/linear_cost.png"),
+) -> None:
+    """Draw time and memory against the number of tokens, from what `xcit bench` measured.
+
+    Args:
+        runtime: whose figures.
+        dtype: in which precision.
+        results: folder of the CSV files.
+        out: the picture.
+    """
+    from xcit.bench.deploy_tables import path
+    from xcit.bench.plots import write_linear
+
+    write_linear(path(results), out, runtime=runtime, dtype=dtype)
+    print(f"{out}: written")
+
+
 @app.command(name="tables")
 def _tables(
     check: Annotated[bool, tyro.conf.arg(help="write nothing; fail if a table is not up to date")] = False,

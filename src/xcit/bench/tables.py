@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xcit.bench import ablations, results, self_supervision
+from xcit.bench import ablations, deploy_tables, results, self_supervision
 from xcit.bench.cases import (
     BACKBONE,
     LOADING_COLUMNS,
@@ -224,6 +224,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loading": loading_table,
     "memory": memory_table,
     "forms": forms_table,
+    "deploy": deploy_tables.xcit_table,
+    "deploy-peers": deploy_tables.peers_table,
+    "deploy-growth": deploy_tables.growth_table,
+    "deploy-training": deploy_tables.training_table,
 }
 """The tables by the name that a document asks for."""
 
