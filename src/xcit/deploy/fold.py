@@ -8,6 +8,8 @@ Exactly, and in one pass over the model:
 * XCA takes the form that costs less (``xcit.ops.xca``);
 * class attention makes neither keys nor values, and its last layer leaves the patch tokens as they are;
 * the positional encoding of named sizes is a table.
+
+On a CPU the layers of a folded model then run over their own tokens, band by band (``xcit.deploy.folded_inplace``).
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def fold(
         model: an ``XCiT``, an ``XCiTPyramid``, a segmenter or a ``MaskRCNN``; of the latter two a copy on a folded
             backbone comes back, every method of which works but those for training. It is not changed.
         form: of XCA: "auto" takes what costs less (where sizes are symbolic: "tokens"), or "tokens", or "covariance".
-        small_terms: precision of the covariance form's small products in graphs (``torch.export``,
-            ``torch.compile``): torch.float32, which every runtime has, or torch.float64. Eager mode has float64.
+        small_terms: precision of the covariance form's small products: torch.float32, which every runtime has, or
+            torch.float64.
         image_sizes: heights and widths in pixels for which the positional encoding is kept ready. Other sizes work too.
         check_sizes: heights and widths of the random images on which both models are compared; without any
             ``image_sizes``, and without those either ``CHECK_SIZES``.

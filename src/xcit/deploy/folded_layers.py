@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xcit.deploy.folded_inplace import can_run_in_place, run_in_place
 from xcit.deploy.folded_xca import FoldedXCA
 from xcit.errors import ConfigError
 from xcit.models.layers import LPI, XCA, ClassAttention, ClassAttentionBlock, Mlp, PositionalEncodingFourier, XCABlock
@@ -159,9 +160,20 @@ class FoldedBlock(nn.Module):
         self.mlp = _folded_mlp(block.mlp, block.norm2, block.gamma2)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens channels"], height: int, width: int
+        self, x: Float[Tensor, "batch tokens channels"], height: int, width: int, *, overwrite: bool = False
     ) -> Float[Tensor, "batch tokens channels"]:
-        """Transform the tokens of a (height, width) patch grid."""
+        """Transform the tokens of a (height, width) patch grid.
+
+        Args:
+            x: tokens.
+            height: of the grid, in patches.
+            width: likewise.
+            overwrite: whether x may be overwritten with the result, which saves memory and time where that is possible
+                (``xcit.deploy.folded_inplace``).
+        """
+        if overwrite and can_run_in_place(x):
+            run_in_place(self, x, height, width)
+            return x
         x = x + self.attn(self.norm1(x))
         if self.local_mp is not None:
             x = x + self.local_mp(x, height, width)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xcit.deploy.folded_inplace import OverwritingGELU, can_run_in_place
 from xcit.deploy.folded_layers import (
     FoldedBlock,
     FoldedClassBlock,
@@ -84,8 +85,12 @@ class FoldedTrunk(InferenceModule):
                 module.form = form
 
     def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """Return the tokens, which are nobody else's, and the patch grid."""
         x, (Hp, Wp) = self.patch_embed(x)
-        return x if self.pos_embeder is None else x + self.pos_embeder(Hp, Wp), Hp, Wp
+        if self.pos_embeder is None:
+            return x, Hp, Wp
+        position = self.pos_embeder(Hp, Wp)
+        return (x.add_(position) if can_run_in_place(x) else x + position), Hp, Wp
 
 
 class FoldedXCiT(FoldedTrunk):
@@ -145,7 +150,7 @@ class FoldedXCiT(FoldedTrunk):
     def _tokens(self, x: Tensor) -> Tensor:
         x, Hp, Wp = self._embed(x)
         for block in self.blocks:
-            x = block(x, Hp, Wp)
+            x = block(x, Hp, Wp, overwrite=True)
         return x
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -210,10 +215,12 @@ class FoldedPyramid(FoldedTrunk):
         operations = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         larger = [stride < self.patch_size for stride in self.strides]
         for i, block in enumerate(self.blocks):
-            x = block(x, Hp, Wp)
+            x = block(x, Hp, Wp, overwrite=True)
             for level, tap in enumerate(self.taps):
                 if tap == i:
-                    grid = x.unflatten(1, (Hp, Wp)).permute(0, 3, 1, 2)
+                    # The next layer may overwrite the tokens, and not every level is made of a copy of them.
+                    tokens = x.clone() if can_run_in_place(x) else x
+                    grid = tokens.unflatten(1, (Hp, Wp)).permute(0, 3, 1, 2)
                     # What would be larger than the tokens waits: the blocks that follow need the memory.
                     levels.append(grid if larger[level] else operations[level](grid))
         return [operations[i](level) if larger[i] else level for i, level in enumerate(levels)]
@@ -258,6 +265,8 @@ def _folded_stem(stem: nn.Module) -> nn.Module:
                 assert isinstance(conv, nn.Conv2d)
                 assert isinstance(norm, _BatchNorm)
                 folded.proj[i] = conv_with_batch_norm(conv, norm)
+            elif type(layer) is nn.GELU:
+                folded.proj[i] = OverwritingGELU(layer.approximate)
     return folded.requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ class FoldedXCA(nn.Module):
     Args:
         weights: of the layer, with both folded in.
         form: as of ``xcit.ops.xca.xca``.
-        small_terms: as of ``covariance_graph``, which runs in graphs.
+        small_terms: as of ``covariance_graph``.
     """
 
     qkv_weight: nn.Parameter
@@ -47,7 +47,7 @@ class FoldedXCA(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         """Mix channels by their cross-covariance over the tokens."""
-        weights = XCAWeights(self.qkv_weight, self.qkv_bias, self.proj_weight, self.proj_bias, self.temperature)
+        weights = self.weights()
         if not torch.compiler.is_compiling():
             return xca(x, weights, form=self.form)
         form = self.form
@@ -64,6 +64,10 @@ class FoldedXCA(nn.Module):
         if form == "tokens":
             return xca(x, weights, form="tokens")
         return covariance_graph(x, weights, self.small_terms)
+
+    def weights(self) -> XCAWeights:
+        """Return the layer's parameters."""
+        return XCAWeights(self.qkv_weight, self.qkv_bias, self.proj_weight, self.proj_bias, self.temperature)
 
     def extra_repr(self) -> str:
         """Show what ``print(model)`` would otherwise hide."""

@@ -73,9 +73,7 @@ def xca(
 
     Source: section 3.2, equation 2.
     """
-    form = _chosen_form(x, weights, form)
-    if _observer is not None:
-        _observer.append(form)
+    form = take_form(x, weights, form)
     return (xca_covariance if form == "covariance" else xca_tokens)(x, weights, attn_drop=attn_drop)
 
 
@@ -183,34 +181,53 @@ class _Covariance(NamedTuple):
 
 
 def _covariance_attention(x: Tensor, weights: XCAWeights) -> _Covariance:
-    N, C = x.shape[1:]
-    h = weights.temperature.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)  # of everything whose cost has N or C^3 in it
     fine = torch.float64 if x.device.type != "mps" else wide  # of what is small; MPS has no float64
 
-    qk_weight = weights.qkv_weight[: 2 * C].to(wide)
-    k_weight = qk_weight[C:].unflatten(0, (h, -1))  # (h, d, C)
-
-    # First and second moment. The tokens are centred on the mean as their own dtype can hold it (`center`), the
-    # offsets of q and k are taken at the unrounded mean: the two differ by less than C's own rounding.
+    # The tokens are centred on the mean as their own dtype can hold it (`center`), the offsets of q and k are taken at
+    # the unrounded mean: the two differ by less than the second moment's own rounding.
     mean = x.mean(dim=1, dtype=fine)  # (B, C)
     center = mean.to(x.dtype)
     xc = x - center.unsqueeze(1)
-    moment = second_moment(xc)  # (B, C, C)
+    return _Covariance(attention_of_moments(x.shape[1], mean, second_moment(xc), weights), xc, center)
 
+
+def attention_of_moments(
+    num_tokens: int,
+    mean: Float[Tensor, "batch channels"],
+    moment: Float[Tensor, "batch channels channels"],
+    weights: XCAWeights,
+) -> Float[Tensor, "batch heads head_dim head_dim"]:
+    """Return A of the covariance form, of what it needs to know of the tokens.
+
+    Args:
+        num_tokens: N.
+        mean: of the tokens; its dtype is that of what is small: the offsets, the norms and A.
+        moment: their centred second moment; its dtype, float32 at least, is that of the products of C^3.
+        weights: the layer's parameters.
+
+    Returns:
+        (B, h, d, d), in the mean's dtype.
+
+    Cost: 2 C^3 + C^2 d multiply-adds an image.
+    """
+    C, h = mean.shape[1], weights.temperature.shape[0]
+    fine, wide = mean.dtype, moment.dtype
+    qk_weight = weights.qkv_weight[: 2 * C].to(wide)
+    k_weight = qk_weight[C:].unflatten(0, (h, -1))  # (h, d, C)
     offset = _offset(mean, weights.qkv_weight[: 2 * C], _part(weights.qkv_bias, slice(None, 2 * C)))  # (B, 2C)
 
     projected = qk_weight @ moment  # (B, 2C, C): W_q C and W_k C
-    squared_norms = (projected * qk_weight).sum(-1).to(fine) + N * offset.square()
+    squared_norms = (projected * qk_weight).sum(-1).to(fine) + num_tokens * offset.square()
     # clamp before the root: the same floor as max(norm, eps), and a finite gradient at a norm of zero
     norms = squared_norms.clamp_min(NORM_EPS**2).sqrt()
     q_norm, k_norm = norms.unflatten(-1, (2, h, -1)).unbind(1)  # each (B, h, d)
     q_offset, k_offset = offset.unflatten(-1, (2, h, -1)).unbind(1)
     gram = (projected[:, :C].unflatten(1, (h, -1)) @ k_weight.transpose(-2, -1)).to(fine)  # (B, h, d, d)
-    gram = gram + N * q_offset.unsqueeze(-1) * k_offset.unsqueeze(-2)
+    gram = gram + num_tokens * q_offset.unsqueeze(-1) * k_offset.unsqueeze(-2)
     # a cosine leaves [-1, 1] only by rounding, which N = 1 or 2 can blow up
     cosines = (gram / (q_norm.unsqueeze(-1) * k_norm.unsqueeze(-2))).clamp(-1, 1)
-    return _Covariance((cosines * weights.temperature).softmax(dim=-1), xc, center)
+    return (cosines * weights.temperature).softmax(dim=-1)
 
 
 def second_moment(xc: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch channels channels"]:
@@ -323,6 +340,18 @@ def _dropout(attn: Tensor, p: float) -> Tensor:
 
 def _part(bias: Tensor | None, part: slice) -> Tensor | None:
     return None if bias is None else bias[part]
+
+
+def take_form(x: Tensor, weights: XCAWeights, form: Form) -> Form:
+    """Return the form in which ``xca`` would mix these tokens, and let ``observe_forms`` see it.
+
+    Raises:
+        ShapeError, ConfigError: as ``xca``.
+    """
+    form = _chosen_form(x, weights, form)
+    if _observer is not None:
+        _observer.append(form)
+    return form
 
 
 def _chosen_form(x: Tensor, weights: XCAWeights, form: Form) -> Form:

@@ -1,0 +1,135 @@
+"""A folded XCiT layer over its own input, band after band of tokens: what eager mode runs on a CPU.
+
+The tokens are overwritten, and what a layer makes on the way exists for one band of patch rows at a time: the
+feed-forward network's hidden layer, four times as wide as the tokens, never as a whole. That saves most of a layer's
+memory, and with it the time in which the system hands out fresh pages.
+
+XCA is the map of ``xcit.ops.xca_moments``. LPI sees two rows beyond the band, those above as they were before the band
+before it was overwritten.
+
+Legend: B batch, N tokens = Hp * Wp, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcit.ops.xca import XCAWeights, take_form, xca_tokens
+from xcit.ops.xca_moments import channel_map, merge_moments, moments_of
+
+if TYPE_CHECKING:
+    from xcit.deploy.folded_layers import FoldedBlock, FoldedLPI
+    from xcit.deploy.folded_xca import FoldedXCA
+
+BAND_TOKENS = 4096
+"""Of a band: so many that LPI's halo costs little."""
+MLP_TOKENS = 2048
+"""Taken at once by the feed-forward network: enough for matrix products at their full speed."""
+HALO = 2
+"""Rows beyond its own that LPI's two 3 x 3 convolutions see."""
+KEPT_BANDS = 4
+"""Bands of normed tokens that are kept from XCA's first pass to its second. More are made anew."""
+
+
+def can_run_in_place(x: Tensor) -> bool:
+    """Return whether a layer may run over these tokens: eager mode on a CPU, and no gradient to be kept for."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+        and x.is_contiguous()
+    )
+
+
+def run_in_place(block: FoldedBlock, x: Tensor, height: int, width: int) -> None:
+    """Transform the tokens (B, N, C) of (height, width) patch grids.
+
+    Images are taken together as long as they fit into a band, and one after another where one does not.
+    """
+    for images in x.split(max(1, BAND_TOKENS // x.shape[1])):
+        _attend(block.attn, block.norm1, images)
+        _local_and_mlp(block, images, height, width)
+
+
+class OverwritingGELU(nn.GELU):
+    """GELU of what nobody else reads: in its input's place where no gradient is kept, and nothing records a graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``gelu(x)``."""
+        return gelu_(self, x) if can_run_in_place(x.permute(0, 2, 3, 1)) else super().forward(x)
+
+
+def gelu_(act: nn.Module, x: Tensor) -> Tensor:
+    """Return an activation's output, in its input's place where it is a GELU."""
+    if isinstance(act, nn.GELU):
+        return torch.ops.aten.gelu_.default(x, approximate=act.approximate)
+    return act(x)
+
+
+def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
+    """Add XCA's output."""
+    weights: XCAWeights = attn.weights()
+    if take_form(x, weights, attn.form) == "tokens":
+        x.add_(xca_tokens(norm(x), weights))
+        return
+    bands = x.split(BAND_TOKENS, dim=1)
+    kept: list[Tensor] = []
+    moments = None
+    for band in bands:
+        normed = norm(band)
+        found = moments_of(normed, torch.promote_types(x.dtype, torch.float32) if len(bands) == 1 else torch.float64)
+        moments = found if moments is None else merge_moments(moments, found)
+        if len(bands) <= KEPT_BANDS:
+            kept.append(normed)
+    assert moments is not None
+    weight, bias = channel_map(moments, weights, small_terms=attn.small_terms)
+    weight = weight.transpose(1, 2)
+    for i, band in enumerate(bands):
+        normed = kept[i] if kept else norm(band)
+        # not baddbmm_, which torch's counter of operations does not know
+        torch.baddbmm(band, normed, weight, out=band).add_(bias.unsqueeze(1))
+
+
+def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> None:
+    """Add LPI's output, then the feed-forward network's."""
+    grid = x.unflatten(1, (height, width))
+    rows = height if x.shape[1] <= BAND_TOKENS else max(1, BAND_TOKENS // width)  # of more rows there is one image
+    above = grid[:, :0]
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = grid[:, top:bottom]
+        if block.local_mp is not None:
+            seen = grid[:, top : bottom + HALO]
+            if above.shape[1]:
+                seen = torch.cat((above, seen), dim=1)
+            first = above.shape[1]
+            if bottom < height:  # before the band is overwritten; a band of one row keeps the one above it as well
+                above = seen[:, max(0, first + bottom - top - HALO) : first + bottom - top].clone()
+            band.add_(_lpi(block.local_mp, seen)[:, first : first + bottom - top])
+        _mlp(block.mlp, block.norm2, band.view(-1, x.shape[2]))
+
+
+def _lpi(lpi: FoldedLPI, seen: Tensor) -> Tensor:
+    """Return LPI's output (B, rows, width, C) for rows around which there is nothing but zeros."""
+    y = F.layer_norm(seen, seen.shape[-1:], None, lpi.conv1.shift, lpi.norm.eps)
+    y = gelu_(lpi.act, lpi.conv1.of_shifted(y.permute(0, 3, 1, 2)))
+    y = lpi.conv2.of_shifted(y.add_(lpi.conv2.shift.view(-1, 1, 1)))
+    return y.permute(0, 2, 3, 1)
+
+
+def _mlp(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor) -> None:
+    """Add the network's output to tokens (T, C)."""
+    first, act, second = mlp
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    assert first.bias is not None
+    # One hidden layer for all parts: a fresh one each time would cost as much time as its activation.
+    room = x.new_empty(min(len(x), MLP_TOKENS), first.out_features)
+    for tokens in x.split(MLP_TOKENS):
+        hidden = torch.addmm(first.bias, norm(tokens), first.weight.t(), out=room[: len(tokens)])
+        torch.addmm(tokens, gelu_(act, hidden), second.weight.t(), out=tokens).add_(second.bias)

@@ -1,0 +1,122 @@
+"""Folded layers over their own tokens in bands, against the same layers as plain expressions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from xcit.bench.memory import peak_mib
+from xcit.deploy import folded_inplace
+from xcit.deploy.fold import fold
+from xcit.deploy.folded_layers import FoldedBlock
+from xcit.models.pyramid import XCiTPyramid
+from xcit.models.variants import BlockWithoutLPI
+from xcit.models.xcit import XCiT
+from xcit.ops.xca import observe_forms
+from xcit.ops.xca_form import Form
+
+TINY = {"patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 4}
+GRIDS = [(1, 1), (1, 7), (9, 1), (5, 6), (11, 3)]
+BANDS = [1, 2, 6, 13, 4096]
+"""Tokens; of less than a row of patches the band is one row."""
+
+
+@pytest.fixture
+def block(randomize) -> FoldedBlock:
+    return FoldedBlock(randomize(XCiT(**TINY)).double().eval().blocks[0], "covariance", torch.float64)
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_bands_of_every_height_give_the_same(
+    grid: tuple[int, int], band: int, block: FoldedBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", band)
+    monkeypatch.setattr(folded_inplace, "MLP_TOKENS", max(1, band // 2))
+    x = torch.randn(3, grid[0] * grid[1], 32, dtype=torch.float64)
+    expected = block(x, *grid)
+    found = block(x, *grid, overwrite=True)
+    assert found.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["tokens", "covariance", "auto"])
+def test_the_form_is_the_one_asked_for(form: Form, block: FoldedBlock) -> None:
+    block.attn.form = form
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    expected = block(x, 3, 4)
+    with observe_forms() as forms:
+        torch.testing.assert_close(block(x, 3, 4, overwrite=True), expected, rtol=1e-12, atol=1e-12)
+    assert forms == ["tokens" if form == "auto" else form]
+
+
+def test_a_layer_without_lpi(randomize) -> None:
+    model = randomize(XCiT(**TINY, variant="no_lpi")).double().eval()
+    assert isinstance(model.blocks[0], BlockWithoutLPI)
+    block = FoldedBlock(model.blocks[0], "covariance", torch.float64)
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    torch.testing.assert_close(block(x, 3, 4), block(x.clone(), 3, 4, overwrite=True), rtol=1e-12, atol=1e-12)
+
+
+def test_another_activation_is_kept(randomize, block: FoldedBlock) -> None:
+    block.mlp[1], block.local_mp.act = nn.SiLU(), nn.GELU("tanh")
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    torch.testing.assert_close(block(x, 3, 4), block(x.clone(), 3, 4, overwrite=True), rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_overwritten_unasked_or_where_gradients_are_kept(block: FoldedBlock) -> None:
+    x = torch.randn(1, 12, 32, dtype=torch.float64)
+    kept = x.clone()
+    block(x, 3, 4)
+    assert torch.equal(x, kept)
+    assert block(x.requires_grad_(), 3, 4, overwrite=True).requires_grad
+    assert torch.equal(x, kept)
+
+
+def test_images_stay_and_can_be_differentiated(randomize) -> None:
+    model = randomize(XCiT(**TINY)).double().eval()
+    folded = fold(model).model
+    images = torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    kept = images.clone()
+    first = folded(images)
+    assert torch.equal(images, kept)
+    assert torch.equal(folded(images), first)
+    gradients = [
+        torch.autograd.grad(each(leaf).sum(), leaf)[0]
+        for each in (model, folded)
+        for leaf in [images.clone().requires_grad_()]
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_is_left_to_the_plain_path(randomize) -> None:
+    model = randomize(XCiT(**TINY)).eval()
+    folded = fold(model).model
+    images = torch.randn(2, 3, 40, 56)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = folded(images)
+    truth = model(images)
+    assert (found - truth).norm() / truth.norm() < 0.05
+
+
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_a_pyramids_levels_are_of_their_layers(patch_size: int, randomize, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", 9)
+    model = XCiT(**TINY | {"patch_size": patch_size, "depth": 5})
+    pyramid = randomize(XCiTPyramid(model, taps=(0, 1, 2, 3))).double().eval()
+    folded = fold(pyramid).model
+    images = torch.randn(1, 3, 96, 70, dtype=torch.float64)
+    with torch.no_grad():
+        for found, expected in zip(folded(images), pyramid(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_hidden_layer_never_exists_as_a_whole() -> None:
+    block = FoldedBlock(XCiT(**TINY | {"embed_dim": 128}).eval().blocks[0], "covariance", torch.float32)
+    x = torch.randn(1, 32 * 1024, 128)
+    tokens_mib = x.numel() * 4 / 2**20
+    with torch.inference_mode():
+        plain = peak_mib(lambda: block(x, 128, 256), "cpu")
+        in_place = peak_mib(lambda: block(x, 128, 256, overwrite=True), "cpu")
+    assert in_place < 1.5 * tokens_mib < 8 * tokens_mib < plain
