@@ -104,7 +104,10 @@ class FoldedXCiT(FoldedTrunk):
         num_features: C.
         num_prefix_tokens: 1 with a class token, else 0.
         global_pool: "token" or "avg".
+        is_folded_xcit: True; how those who know no more than its attributes and ``forward`` tell it.
     """
+
+    is_folded_xcit = True
 
     def __init__(
         self,

@@ -55,7 +55,8 @@ class Predictor(ImageStream):
     Args:
         model: what ``create_model`` takes as a name (with ``pretrained=True``: an architecture means its distilled
             weights at 224 px), the path of a checkpoint, that of a file that ``xcit export`` wrote (.onnx, .xml, .pt2,
-            .pte), which runs in its own runtime on the CPU, or an ``XCiT`` itself, compiled or not. A model that is
+            .pte), which runs in its own runtime on the CPU, or an ``XCiT`` itself, folded (``xcit.deploy.fold``) or not, compiled
+            or not. A model that is
             passed stays the caller's: it is used where it lies and is neither moved nor left in another mode. Each
             batch runs in eval mode, after which every module is back in the mode it was in.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". For a model that is passed, "auto" is the device it is on.
@@ -101,7 +102,7 @@ class Predictor(ImageStream):
         super().__init__(
             model, device=device, batch_size=batch_size, image_size=image_size, preprocessing=preprocessing
         )
-        xcit = bare(self.model)
+        xcit = bare(self.model, or_folded=True)
         self.class_names = class_names(xcit.pretrained_cfg, xcit.num_classes)
 
     def __call__(self, images: Source | Iterable[Source], top_k: int = 5) -> list[Prediction]:

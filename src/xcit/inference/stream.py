@@ -91,7 +91,7 @@ class ImageStream(ABC):
         else:
             self.device = choose_device(device)  # before a download that could turn out useless
             self.model = create_model(os.fspath(model), pretrained=True).eval().to(self.device)
-        xcit = bare(self.model)
+        xcit = bare(self.model, or_folded=True)
         self._check_model(xcit)
         check_channels(xcit.config["in_chans"])
         self.preprocessing = _preprocessing(xcit.pretrained_cfg, preprocessing, image_size)
@@ -155,7 +155,7 @@ class ImageStream(ABC):
         fit = math.floor(num_images * lack.available / lack.needed)
         if fit:
             raise ConfigError(f"{takes}: use batch_size={fit} (--batch-size) or less.")
-        patch = bare(self.model).config["patch_size"]
+        patch = bare(self.model, or_folded=True).config["patch_size"]
         scale = math.sqrt(num_images * lack.available / lack.needed)
         H, W = (math.floor(side * scale) // patch * patch for side in size)
         if min(H, W) < patch:
@@ -203,7 +203,7 @@ class ImageStream(ABC):
         Raises:
             CheckpointError: the weights are not finite either.
         """
-        for name, tensor in bare(self.model).state_dict().items():
+        for name, tensor in bare(self.model, or_folded=True).state_dict().items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CheckpointError(
                     f"The model's weights are not finite (first: {name}), so it cannot predict; training has diverged "
@@ -218,7 +218,7 @@ class ImageStream(ABC):
             num_images //= 2
             if self._fits(num_images, (H, W)):
                 return f"{failed}; {num_images} fit (tried just now): use batch_size={num_images} (--batch-size)."
-        patch_size = bare(self.model).config["patch_size"]
+        patch_size = bare(self.model, or_folded=True).config["patch_size"]
         while min(H, W) // 2 >= patch_size:
             H, W = (side // 2 // patch_size * patch_size for side in (H, W))
             if self._fits(1, (H, W)):
@@ -288,7 +288,7 @@ def ahead(
 
 
 def _device_of(model: nn.Module, asked: str) -> torch.device:
-    device = next(bare(model).parameters()).device
+    device = next(bare(model, or_folded=True).parameters()).device
     if device.type == "meta":
         raise ConfigError("The model is on the meta device: it has shapes but no weights to predict with.")
     if asked != "auto" and choose_device(asked) != device and asked != device.type:

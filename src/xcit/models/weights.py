@@ -276,14 +276,24 @@ def read_description(metadata: Mapping[str, Any], name: str) -> tuple[dict[str, 
     return config, cfg
 
 
-def bare(model: nn.Module) -> XCiT:
-    """Return the model inside the wrappers of ``torch.compile`` and data-parallel training."""
-    while not isinstance(model, XCiT):
+def bare(model: nn.Module, *, or_folded: bool = False) -> XCiT:
+    """Return the model inside the wrappers of ``torch.compile`` and data-parallel training.
+
+    Args:
+        model: an ``XCiT``, wrapped or not.
+        or_folded: accept what ``xcit.deploy.fold`` made of one too, which has its attributes and its forward pass, but
+            neither its weights nor its other methods.
+
+    Raises:
+        ConfigError: something else.
+    """
+    while not (isinstance(model, XCiT) or (or_folded and getattr(model, "is_folded_xcit", False))):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            raise ConfigError(f"Expected an XCiT model, got {type(model).__name__}.")
+            cure = " Use the model that it was folded from." if getattr(model, "is_folded_xcit", False) else ""
+            raise ConfigError(f"Expected an XCiT model, got {type(model).__name__}.{cure}")
         model = inner
-    return model
+    return model  # type: ignore[return-value]
 
 
 def refuse_not_finite(state: Mapping[str, Tensor], name: str, advice: str) -> None:
