@@ -31,6 +31,8 @@ class Plan:
         max_rounds: rounds at which timing stops.
         budget_s: seconds after which no round beyond ``min_rounds`` starts.
         min_sample_ms: a sample repeats the call until the fastest competitor fills this many milliseconds.
+        rest_ms: pause after each sample. onnxruntime's threads go on spinning for some 50 ms after a call, which would
+            count against whoever comes next.
     """
 
     warmup: int = 1
@@ -38,6 +40,7 @@ class Plan:
     max_rounds: int = 40
     budget_s: float = 6.0
     min_sample_ms: float = 10.0
+    rest_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def time_interleaved(steps: Mapping[str, Step], plan: Plan, device_type: str = "
                 break
             for name in order:
                 samples[name].append(sample(steps[name], repeats))
+                time.sleep(plan.rest_ms / 1e3)
             order.append(order.pop(0))
     return samples
 

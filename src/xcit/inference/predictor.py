@@ -55,10 +55,10 @@ class Predictor(ImageStream):
     Args:
         model: what ``create_model`` takes as a name (with ``pretrained=True``: an architecture means its distilled
             weights at 224 px), the path of a checkpoint, that of a file that ``xcit export`` wrote (.onnx, .xml, .pt2,
-            .pte), which runs in its own runtime on the CPU, or an ``XCiT`` itself, folded (``xcit.deploy.fold``) or not, compiled
-            or not. A model that is
-            passed stays the caller's: it is used where it lies and is neither moved nor left in another mode. Each
-            batch runs in eval mode, after which every module is back in the mode it was in.
+            .pte), which runs in its own runtime on the CPU, or an ``XCiT`` itself, compiled or not, folded
+            (``xcit.deploy.fold``) or not. A model that is passed stays the caller's: it is used where it lies and is
+            neither moved nor left in another mode. Each batch runs in eval mode, after which every module is back in
+            the mode it was in.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps". For a model that is passed, "auto" is the device it is on.
         batch_size: images that go through the model at once; None for as many as have the pixels of 32 images of 224.
         image_size: side in pixels (or height and width) of what the model gets, instead of what its weights expect.
