@@ -273,6 +273,47 @@ def test_every_runtime_runs_what_the_eager_model_computes(dtype):
     assert all(row[f"ratio_vs_{runtime}"] for row in rows for runtime in runtimes)
 
 
+def test_int8_is_for_the_runtimes_that_have_it(caplog):
+    with caplog.at_level("INFO", logger="xcit"):
+        assert deploy_runtimes.choose_runtimes((), "int8", "cpu") == ["onnxruntime", "openvino"]
+    assert "eager, int8: left out" in caplog.text
+    with pytest.raises(BackendError, match="int8 is what onnxruntime and openvino run"):
+        deploy_runtimes.choose_runtimes(("eager",), "int8", "cpu")
+    with pytest.raises(BackendError, match="no int8"):
+        deploy.run(
+            [DeployCase("training", "xcit_nano_12_p16", 64, 2)],
+            OPTIONS._replace(runtimes=("openvino",), dtypes=("int8",)),
+        )
+    with pytest.raises(BackendError, match="openvino and onnxruntime"):
+        deploy.run([DeployCase("precisions", "xcit_nano_12_p16", 64, 1)], OPTIONS._replace(runtimes=("eager",)))
+
+
+def test_nncf_is_missing(monkeypatch):
+    find = deploy_runtimes.importlib.util.find_spec
+    monkeypatch.setattr(
+        deploy_runtimes.importlib.util, "find_spec", lambda name: None if name == "nncf" else find(name)
+    )
+    with pytest.raises(BackendError, match=r"nncf is not installed"):
+        deploy_runtimes.choose_runtimes(("openvino",), "int8", "cpu")
+
+
+@pytest.mark.slow
+def test_int8_of_timms_and_ours_and_all_precisions_in_one_run():
+    cases = [DeployCase("precisions", "xcit_nano_12_p16", 64, 1), SMALL]
+    rows = deploy.run(cases, OPTIONS._replace(runtimes=("onnxruntime", "openvino"), dtypes=("int8",)))
+    assert [f"{row['source']} {row['runtime']} {row['dtype']}" for row in rows] == [
+        "folded openvino bfloat16", "folded openvino float32", "folded openvino int8",
+        "folded onnxruntime float32", "folded onnxruntime int8",
+        "timm onnxruntime int8", "timm openvino int8", "folded onnxruntime int8", "folded openvino int8",
+    ]  # fmt: skip
+    for row in rows:
+        least, most = {"float32": (0, 1e-5), "bfloat16": (1e-4, 0.1), "int8": (1e-3, 0.1)}[row["dtype"]]
+        assert least < float(row["max_rel_diff"]) < most
+        assert float(row["matrix_gflops"]) > 0
+    assert rows[0]["ratio_vs_openvino"] == "1.000"
+    assert all(row["ratio_vs_openvino"] for row in rows)
+
+
 @pytest.mark.gpu
 def test_on_cuda():
     rows = deploy.run([SMALL], OPTIONS._replace(device="cuda", dtypes=("float32", "bfloat16", "float16"), memory=True))

@@ -68,6 +68,22 @@ def test_peers(tmp_path):
     assert "| convnext_small |  | 1024 |" in deploy_tables.peers_table(tmp_path)  # its accuracy there is unknown
 
 
+def test_precisions_are_measured_by_bfloat16_in_openvino(tmp_path):
+    case = DeployCase("precisions", "xcit_small_12_p8", 512, 1)
+    rows = rows_of(case, runtimes=("openvino", "onnxruntime"), max_rel_diff="2.0e-02")
+    rows = [
+        row | {"dtype": entry.dtype}
+        for row, entry in zip(rows, entries(case, ("openvino", "onnxruntime")), strict=True)
+    ]
+    results.append(deploy_tables.path(tmp_path), rows, COLUMNS)
+    text = deploy_tables.precisions_table(tmp_path)
+    assert (
+        "| `xcit_small_12_p8` | 512 | 1 | 50.0 (2.00×) | 100.0 (1.00×) | 33.3 (3.00×) | 25.0 (4.00×) | 20.0 (5.00×) | "
+        "2.0e-02, 2.0e-02 |" in text
+    )
+    assert "bfloat16 123" in text
+
+
 def test_training(tmp_path):
     case = DeployCase("training", "xcit_small_12_p8", 224, 2)
     results.append(deploy_tables.path(tmp_path), rows_of(case, runtimes=("eager", "openvino")), COLUMNS)

@@ -26,6 +26,7 @@ PAIRS = [
     pytest.param(format, dtype, marks=() if (format, dtype) in QUICK else pytest.mark.slow)
     for format, dtypes in OFFERED.items()
     for dtype in dtypes
+    if dtype != "int8"  # which needs images: test_quantise.py
 ]
 ONNX_AND_OPENVINO_SLOWLY = [
     pytest.param("onnx", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow), "torch-export"

@@ -13,7 +13,18 @@ from typing import NamedTuple
 import torch
 
 from xcit.bench import deploy_memory, deploy_peak, deploy_runtimes, results, timer
-from xcit.bench.deploy_cases import COLUMNS, RATIOS, RUNTIMES, TORCH, DeployCase, Entry, Runtime, entries
+from xcit.bench.deploy_cases import (
+    COLUMNS,
+    PRECISIONS,
+    PRECISIONS_OF,
+    RATIOS,
+    RUNTIMES,
+    TORCH,
+    DeployCase,
+    Entry,
+    Runtime,
+    entries,
+)
 from xcit.bench.deploy_contenders import prepare
 from xcit.errors import BackendError
 
@@ -29,7 +40,8 @@ class Options(NamedTuple):
     runtimes: tuple[str, ...] = ()
     """Of ``RUNTIMES``; none means all that can run a precision here."""
     dtypes: tuple[str, ...] = ("float32",)
-    """Of float32, bfloat16, float16; competitors meet others of the same only."""
+    """Of float32, bfloat16, float16, int8; competitors meet others of the same only (but in the group precisions,
+    which has its own)."""
     device: str = "cpu"
     """Or "cuda"."""
     threads: int = 1
@@ -70,7 +82,10 @@ def run(
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BackendError("There is no CUDA device that this torch can use; `xcit doctor` shows what it sees.")
-    chosen = {d: deploy_runtimes.choose_runtimes(options.runtimes, d, options.device) for d in options.dtypes}
+    of_one = [case for case in cases if case.group != PRECISIONS]
+    wanted = options.dtypes if of_one else ()
+    chosen = {d: deploy_runtimes.choose_runtimes(options.runtimes, d, options.device) for d in wanted}
+    several = _runtimes_of_precisions(options) if len(of_one) < len(cases) else {}
     if any(case.mode == "training" for case in cases):
         _check_training(chosen)
     if out:
@@ -83,13 +98,14 @@ def run(
             dtype: deploy_peak.matrix_gflops(
                 deploy_runtimes.DTYPES[dtype], torch.device(options.device), budget_s=options.peak_budget_s
             )
-            for dtype in chosen
+            for dtype in dict.fromkeys((*chosen, *(dtype for dtypes in several.values() for dtype in dtypes)))
         }
         all_rows: list[Row] = []
         for case in cases:
-            for dtype, runtimes in chosen.items():
-                constant = common | {"dtype": dtype, "matrix_gflops": f"{peaks[dtype]:.1f}"}
-                rows = [row | constant for row in measure(case, dtype, runtimes, options, say=say)]
+            together = case.group == PRECISIONS
+            for dtype, runtimes in {"": [*several]}.items() if together else chosen.items():
+                rows = measure(case, dtype, runtimes, options, say=say)
+                rows = [row | common | {"matrix_gflops": f"{peaks[row['dtype']]:.1f}"} for row in rows]
                 if out and rows:
                     results.append(out, rows, COLUMNS)
                 all_rows += rows
@@ -140,6 +156,7 @@ def measure(
                 "model": entry.model,
                 "source": entry.source,
                 "runtime": entry.runtime,
+                "dtype": entry.dtype or dtype,
                 "mode": case.mode,
                 "image_size": str(entry.image_size),
                 "batch_size": str(case.batch_size),
@@ -149,7 +166,9 @@ def measure(
                 dict.fromkeys(COLUMNS, "") | named | times_of(samples[str(entry)], case.batch_size) | ratios | measured
             )
             path = "" if runner.file is None else str(runner.file)
-            requests.append(deploy_memory.Request(case, entry, dtype, options.device, options.threads, path))
+            requests.append(
+                deploy_memory.Request(case, entry, entry.dtype or dtype, options.device, options.threads, path)
+            )
         del runner, runners
         gc.collect()  # of large cases both processes would not fit
         if options.memory:
@@ -176,10 +195,9 @@ def p90(samples: Sequence[float]) -> float:
 
 def ratios_of(entry: Entry, wanted: Sequence[Entry], samples: Mapping[str, list[float]]) -> Row:
     """Return how many times faster a competitor is than the case's baseline, by the baseline's runtime."""
-    first = wanted[0]
     found = {}
     for runtime, column in zip(RUNTIMES, RATIOS, strict=True):
-        baseline = str(Entry(first.source, first.model, first.image_size, runtime))
+        baseline = next((str(each) for each in wanted if each.runtime == runtime), "")
         if baseline in samples:
             found[column] = f"{timer.paired_ratio(samples[baseline], samples[str(entry)]):.3f}"
     return found
@@ -198,8 +216,31 @@ def _memory(request: deploy_memory.Request, say: Callable[[str], None]) -> Row:
     return {"peak_mib": f"{found.step_mib:.1f}", "process_mib": f"{found.process_mib:.1f}"}
 
 
+def _runtimes_of_precisions(options: Options) -> dict[Runtime, tuple[str, ...]]:
+    """Return what runs a case of several precisions, and in which.
+
+    Raises:
+        BackendError: a runtime cannot run one of them here, or none was named.
+    """
+    several = {
+        runtime: dtypes
+        for runtime, dtypes in PRECISIONS_OF.items()
+        if not options.runtimes or runtime in options.runtimes
+    }
+    if not several:
+        raise BackendError(f"Cases of {PRECISIONS} run in {' and '.join(PRECISIONS_OF)}; name one of them.")
+    for runtime, dtypes in several.items():
+        for dtype in dtypes:
+            reason = deploy_runtimes.refusal(runtime, dtype, options.device)
+            if reason is not None:
+                raise BackendError(reason)
+    return several
+
+
 def _check_training(chosen: Mapping[str, Sequence[Runtime]]) -> None:
     for dtype, runtimes in chosen.items():
+        if dtype == "int8":
+            raise BackendError("A training step has no int8; take float32 or bfloat16.")
         if not set(runtimes) & set(TORCH):
             raise BackendError("A training step runs in eager and compile; name one of them in --runtimes.")
         if dtype == "float16":

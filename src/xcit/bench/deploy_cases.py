@@ -27,6 +27,7 @@ TORCH: tuple[Runtime, ...] = ("eager", "compile")
 GROUPS = {
     "xcit": "our XCiT, as it is and folded, against timm's with the same weights",
     "peers": "our folded XCiT against timm's models of like accuracy",
+    "precisions": "our folded XCiT in float32, bfloat16 and int8, taking turns",
     "linear": "one model over many sizes: what the growth with the number of tokens is fitted to",
     "training": "a training step of our XCiT against timm's",
     "training-peers": "a training step of our XCiT against timm's models of like accuracy",
@@ -44,6 +45,13 @@ COLUMNS = (
 """Of the CSV file. ``multiply_adds`` are of one image in inference. ``gflops`` is what was done of them in a second,
 two operations each, of a training step three passes' worth. ``matrix_gflops`` is what products of large matrices
 reached in the same run."""
+PRECISIONS = "precisions"
+"""The group whose competitors differ in precision."""
+PRECISIONS_OF: dict[Runtime, tuple[str, ...]] = {
+    "openvino": ("bfloat16", "float32", "int8"),
+    "onnxruntime": ("float32", "int8"),
+}
+"""What each runtime computes in there; the first is what the others of that runtime are measured by, too."""
 SMALLEST = 32
 """Side in pixels: what all models here can take."""
 
@@ -136,15 +144,17 @@ class Entry:
         model: its name.
         image_size: side of its images in pixels.
         runtime: what runs it.
+        dtype: its precision, where a case compares several; "" for the run's.
     """
 
     source: Source
     model: str
     image_size: int
     runtime: Runtime
+    dtype: str = ""
 
     def __str__(self) -> str:
-        return f"{self.model if self.source == 'peer' else self.source} {self.runtime}"
+        return f"{self.model if self.source == 'peer' else self.source} {self.runtime} {self.dtype}".rstrip()
 
 
 LINEAR_SIZES = (512, 640, 768, 1024, 1280, 1536, 1792, 2048)
@@ -166,6 +176,10 @@ CASES: tuple[DeployCase, ...] = (
     DeployCase("peers", "xcit_small_12_p16", 512, 1),
     DeployCase("peers", "xcit_small_12_p16", 1024, 1),
     DeployCase("peers", "xcit_small_12_p16", 2048, 1),
+    DeployCase("precisions", "xcit_small_12_p16", 224, 1),
+    DeployCase("precisions", "xcit_small_12_p8", 224, 1),
+    DeployCase("precisions", "xcit_small_12_p8", 512, 1),
+    DeployCase("precisions", "xcit_small_12_p8", 1024, 1),
     *(DeployCase("linear", model, size, 1) for model in LINEAR_MODELS for size in LINEAR_SIZES),
     DeployCase("training", "xcit_small_12_p16", 224, 4),
     DeployCase("training", "xcit_small_12_p8", 224, 2),
@@ -235,6 +249,13 @@ def entries(case: DeployCase, runtimes: Iterable[Runtime]) -> list[Entry]:
     taken = [runtime for runtime in runtimes if case.mode == "inference" or runtime in TORCH]
     ours: Source = "ours" if case.mode == "training" else "folded"
     found = []
+    if case.group == PRECISIONS:
+        return [
+            Entry(ours, case.model, case.image_size, runtime, dtype)
+            for runtime, dtypes in PRECISIONS_OF.items()
+            if runtime in taken
+            for dtype in dtypes
+        ]
     if case.group.endswith("peers"):
         at_home = case.image_size == OWN_SIZE
         found += [Entry(ours, case.model, case.image_size, runtime) for runtime in taken]
@@ -245,7 +266,7 @@ def entries(case: DeployCase, runtimes: Iterable[Runtime]) -> list[Entry]:
     found += [Entry("timm", case.model, case.image_size, runtime) for runtime in taken]
     if not case.is_xcit:
         return found
-    if ours == "folded" and "eager" in taken:
+    if ours == "folded" and "eager" in taken and case.group != "linear":
         found.append(Entry("ours", case.model, case.image_size, "eager"))  # what folding alone is worth
     found += [Entry(ours, case.model, case.image_size, runtime) for runtime in taken]
     return found

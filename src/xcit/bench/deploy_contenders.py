@@ -51,7 +51,7 @@ def prepare(
     Args:
         case: sizes and mode.
         wanted: its competitors.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16" or "int8", of the competitors that have none of their own.
         device: where they run.
         threads: of the runtimes that are not torch's.
         folder: where files for runtimes go.
@@ -75,10 +75,11 @@ def prepare(
         module = deploy_models.build(entry.source, entry.model, entry.image_size)
         multiply_adds = deploy_models.count_multiply_adds(module, entry.image_size)
         stem = folder / str(number)
+        own = entry.dtype or dtype
         try:
             if entry.model not in truths:
                 truths[entry.model] = _truth(case, entry, device)
-            step, file = _step(case, entry, module, dtype=dtype, device=device, threads=threads, stem=stem)
+            step, file = _step(case, entry, module, dtype=own, device=device, threads=threads, stem=stem)
             output = deploy_runtimes.output_of(step())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -86,10 +87,10 @@ def prepare(
             say(f"{case}: {entry} did not fit into memory and is left out.")
             continue
         difference = relative_difference(output, truths[entry.model])
-        limit = TOLERANCES[deploy_runtimes.DTYPES[dtype]]
+        limit = TOLERANCES[deploy_runtimes.DTYPES[own]]
         if not difference <= limit:
             raise OutputsDifferError(
-                f"{case}: {str(entry)!r} differs from the eager float32 model by {difference:.1e} in {dtype}; at most "
+                f"{case}: {str(entry)!r} differs from the eager float32 model by {difference:.1e} in {own}; at most "
                 f"{limit:.0e} is rounding. Nothing was timed."
             )
         runners.append(Runner(entry, step, file, multiply_adds, difference))
@@ -127,7 +128,7 @@ def relative_difference(ours: np.ndarray, truth: np.ndarray) -> float:
 def _truth(case: DeployCase, entry: Entry, device: torch.device) -> np.ndarray:
     source: Source = entry.source if entry.source == "peer" else "timm"
     module = deploy_models.build(source, entry.model, entry.image_size)
-    eager = replace(entry, runtime="eager")
+    eager = replace(entry, runtime="eager", dtype="")
     step, _ = _step(case, eager, module, dtype="float32", device=device, threads=0, stem=Path())
     return deploy_runtimes.output_of(step())
 

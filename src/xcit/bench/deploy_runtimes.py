@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcit.bench.deploy_cases import RUNTIMES, TORCH, Runtime
+from xcit.bench.deploy_models import make_images
 from xcit.errors import BackendError
 
 Step = Callable[[], Any]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 FILES = {"onnxruntime": ("onnx", ".onnx"), "openvino": ("openvino", ".xml")}
 """Format and ending of what each runtime runs."""
-EXPORTED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+EXPORTED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
 """Precisions as the exporter calls them."""
+NUM_CALIBRATION = 4
+"""Images of noise that int8 is calibrated on: it is its speed that is measured, not its accuracy."""
 RATE = 1e-7
 """Of learning: so small that a hundred steps leave the weights' size, and so the arithmetic, as it was."""
 
@@ -38,13 +41,15 @@ def refusal(runtime: Runtime, dtype: str, device_type: str) -> str | None:
     if dtype == "float16" and device_type == "cpu":
         return "float16 is for CUDA: on a CPU it is slower than float32; take bfloat16."
     if runtime in TORCH:
-        return None
+        return "int8 is what onnxruntime and openvino run; take one of them." if dtype == "int8" else None
     if device_type != "cpu":
         return f"{runtime} is measured on the CPU only; take eager or compile, or --device cpu."
     if runtime == "onnxruntime" and dtype == "bfloat16":
         return "onnxruntime's CPU provider has no matrix product in bfloat16; take float32, or another runtime."
-    if importlib.util.find_spec(runtime) is None:
-        return f'{runtime} is not installed; `pip install "xcit[export]"` brings it.'
+    needed = (runtime, "nncf") if (runtime, dtype) == ("openvino", "int8") else (runtime,)
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            return f'{package} is not installed; `pip install "xcit[export]"` brings it.'
     return None
 
 
@@ -53,23 +58,28 @@ def choose_runtimes(names: Sequence[str], dtype: str, device_type: str) -> list[
 
     Args:
         names: of ``RUNTIMES``; none means all that can run this here, and a log line says what is left out and why.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16, float16 or int8.
         device_type: "cpu" or "cuda".
 
     Raises:
-        BackendError: a named runtime cannot run this here.
+        BackendError: a named runtime cannot run this here, or none can.
     """
     found: list[Runtime] = []
+    reasons = []
     for runtime in RUNTIMES:
         if names and runtime not in names:
             continue
         reason = refusal(runtime, dtype, device_type)
         if reason is None:
             found.append(runtime)
-        elif names or runtime in TORCH:
+        elif names:
             raise BackendError(reason)
         else:
-            _log.info("%s, %s: left out. %s", runtime, dtype, reason)
+            reasons.append((runtime, reason))
+    if not found:
+        raise BackendError(reasons[0][1])
+    for runtime, reason in reasons:
+        _log.info("%s, %s: left out. %s", runtime, dtype, reason)
     return found
 
 
@@ -84,7 +94,10 @@ def write_file(module: nn.Module, images: Tensor, runtime: Runtime, dtype: str, 
 
     format, ending = FILES[runtime]
     path = stem.with_name(stem.name + ending)
-    write_artefact(module, images, path, format=format, dtype=EXPORTED[dtype])
+    calibration = None
+    if dtype == "int8":
+        calibration = [*make_images(images.shape[-1], max(NUM_CALIBRATION, len(images))).numpy()]
+    write_artefact(module, images, path, format=format, dtype=EXPORTED[dtype], calibration=calibration)
     return path
 
 

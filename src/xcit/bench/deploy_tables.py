@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from xcit.bench import results
-from xcit.bench.deploy_cases import CASES, COLUMNS, OWN_SIZE, PEERS, RUNTIMES, DeployCase
+from xcit.bench.deploy_cases import CASES, COLUMNS, OWN_SIZE, PEERS, PRECISIONS, RUNTIMES, DeployCase
 from xcit.bench.linear_cost import COSTS, fit_growth, series_of
 from xcit.models.zoo import CHECKPOINTS
 
@@ -41,6 +41,34 @@ def xcit_table(results_dir: Path) -> str:
         return lines
 
     return _per_machine(results_dir, "xcit", table)
+
+
+def precisions_table(results_dir: Path) -> str:
+    """Our folded XCiT in float32, bfloat16 and int8, measured in turns: a row a case."""
+    shown = (
+        *("openvino float32", "openvino bfloat16", "openvino int8"),
+        *("onnxruntime float32", "onnxruntime int8"),
+    )
+
+    def table(rows: list[Row]) -> list[str]:
+        head = (
+            *("model", "px", "batch"),
+            *(f"{TITLES[runtime]} {dtype} ms" for runtime, dtype in (name.split() for name in shown)),
+            "int8 differs by",
+        )
+        lines = _head(head, text=3)
+        for case in CASES:
+            found = {f"{row['runtime']} {row['dtype']}": row for row in rows if row["case"] == str(case)}
+            if case.group != PRECISIONS or not found:
+                continue
+            cells = [f"`{case.model}`", str(case.image_size), str(case.batch_size)]
+            cells += [_time_and_ratio(found.get(name), "openvino") for name in shown]
+            in_int8 = (found[name]["max_rel_diff"] for name in shown if name.endswith("int8") and name in found)
+            cells.append(", ".join(in_int8))
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    return _per_machine(results_dir, PRECISIONS, table)
 
 
 def training_table(results_dir: Path) -> str:
@@ -195,10 +223,11 @@ def _times(rows: list[Row], names: tuple[str, ...]) -> str:
     return ", ".join([f"{float(found[0]['median_ms']):.1f}", *filter(None, map(_time_and_ratio, found[1:]))])
 
 
-def _time_and_ratio(row: Row | None) -> str:
+def _time_and_ratio(row: Row | None, runtime: str | None = None) -> str:
+    """A time, with how many times faster that is than the case's baseline in a runtime, by default its own."""
     if row is None:
         return ""
-    ratio = row[f"ratio_vs_{row['runtime']}"]
+    ratio = row[f"ratio_vs_{runtime or row['runtime']}"]
     return f"{float(row['median_ms']):.1f}" + (f" ({float(ratio):.2f}×)" if ratio else "")
 
 

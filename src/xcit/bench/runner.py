@@ -20,7 +20,7 @@ from xcit.bench.contenders import OUTPUT, Contender, build
 from xcit.errors import BackendError
 from xcit.ops.xca import observe_forms
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 3e-1}
 """Largest accepted ‖ours − baseline‖ / ‖baseline‖ of an output or a gradient; see ``gradient_tolerance`` too."""
 
 

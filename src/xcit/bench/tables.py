@@ -225,6 +225,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": memory_table,
     "forms": forms_table,
     "deploy": deploy_tables.xcit_table,
+    "deploy-precisions": deploy_tables.precisions_table,
     "deploy-peers": deploy_tables.peers_table,
     "deploy-growth": deploy_tables.growth_table,
     "deploy-training": deploy_tables.training_table,

@@ -40,6 +40,8 @@ def bench(
 
     peers: our folded model against models of like ImageNet accuracy from timm.
 
+    precisions: our folded model in float32, bfloat16 and int8 in OpenVINO and onnxruntime, all in one run.
+
     linear: one model over many sizes; the growth of time and memory with the number of tokens is fitted and printed.
 
     training, training-peers: a training step, against timm's XCiT and against those models.
@@ -55,7 +57,8 @@ def bench(
         list: Print the listed cases and end.
         quick: A first look: at most a second of timing a case; without a CASE, a single small one.
         runtimes: Of eager, compile, onnxruntime and openvino. A training step has eager and compile.
-        dtypes: Of float32, bfloat16 and, on CUDA, float16. Competitors are compared within one.
+        dtypes: Of float32, bfloat16, int8 (onnxruntime and openvino) and, on CUDA, float16. Competitors are compared
+            within one; the group precisions compares its own.
         device: Where to measure; the second card is chosen by CUDA_VISIBLE_DEVICES=1.
         threads: Of the CPU, for every runtime.
         budget_s: Seconds of timing a case, beyond the least number of rounds.
@@ -78,7 +81,7 @@ def bench(
             "Name a case, such as xcit/xcit_small_12_p16/224/1; --list shows some, and --quick takes a small one."
         )
     named = _names(runtimes, "runtime", RUNTIMES)
-    types = _names(dtypes, "dtype", ("float32", "bfloat16", "float16")) or ("float32",)
+    types = _names(dtypes, "dtype", ("float32", "bfloat16", "float16", "int8")) or ("float32",)
     _names(device, "device", ("cpu", "cuda"))
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads is {threads}; it must be 1 or more.")
@@ -94,7 +97,12 @@ def bench(
 
     rows: Sequence[dict[str, str]] = ()
     if chosen is not None:
-        plan = timer.Plan(min_rounds=3, budget_s=min(budget_s, 1.0)) if quick else timer.Plan(budget_s=budget_s)
+        plan = timer.Plan(
+            warmup=0,  # each has run once, for its output
+            min_rounds=3 if quick else 5,
+            budget_s=min(budget_s, 1.0) if quick else budget_s,
+            rest_ms=0.0 if device == "cuda" else 60.0,
+        )
         options = deploy.Options(
             runtimes=named,
             dtypes=types,

@@ -19,6 +19,9 @@ def print_case(case: DeployCase, rows: Sequence[Row]) -> None:
         return
     first = rows[0]
     baseline = first["model"] if case.group.endswith("peers") or not case.is_xcit else first["source"]
+    together = len({row["dtype"] for row in rows}) > 1
+    if together:
+        baseline = f"{first['runtime']} {first['dtype']}"
     columns = [
         *("model", "runtime", ">median ms", ">p90 ms", ">images/s", f">times {baseline}'s speed"),
         *(">peak MiB", ">GMACs", ">GFLOP/s", ">of peak", ">difference"),
@@ -26,11 +29,11 @@ def print_case(case: DeployCase, rows: Sequence[Row]) -> None:
     lines = [
         (
             row["model"] if row["source"] == "peer" or not case.is_xcit else row["source"],
-            row["runtime"],
+            f"{row['runtime']} {row['dtype']}" if together else row["runtime"],
             f"{float(row['median_ms']):.2f}",
             f"{float(row['p90_ms']):.2f}",
             f"{float(row['images_per_second']):.1f}",
-            _or_dash(row[f"ratio_vs_{row['runtime']}"], "{:.2f}x"),
+            _or_dash(row[f"ratio_vs_{(first if together else row)['runtime']}"], "{:.2f}x"),
             _or_dash(row["peak_mib"], "{:,.0f}"),
             f"{int(row['multiply_adds']) / 1e9:.2f}",
             f"{float(row['gflops']):.0f}",
@@ -41,7 +44,8 @@ def print_case(case: DeployCase, rows: Sequence[Row]) -> None:
     ]
     pixels = f"{case.image_size} px, batch {case.batch_size}, {case.mode}"
     where = first["hardware"] if first["device"] == "cuda" else f"{first['hardware']}, {first['threads']} threads"
-    print_table(f"{case.model}, {pixels}, {first['dtype']} ({where})", columns, lines)
+    precision = "several precisions" if together else first["dtype"]
+    print_table(f"{case.model}, {pixels}, {precision} ({where})", columns, lines)
 
 
 def print_growth(rows: Sequence[Row]) -> None:

@@ -31,8 +31,12 @@ EXTRAS = {
     "retrieval": (("faiss-cpu", "pyarrow"), "xcit embed, index, search and duplicates"),
     "video": (("av",), "xcit attend on videos"),
     "detection": (("faster-coco-eval",), "COCO-format masks, and average precision"),
-    "export": (("onnx", "onnxscript", "onnxruntime", "openvino"), "xcit export, and xcit predict of what it wrote"),
+    "export": (
+        ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"),
+        "xcit export, and xcit predict of what it wrote",
+    ),
     "edge": (("executorch",), "xcit export to ExecuTorch"),
+    "giant": (("tifffile", "zarr", "imagecodecs", "rasterio"), "xcit.data.large_image: large images by windows"),
 }
 """Of each extra: the packages that it installs, and the verbs that need them."""
 

@@ -22,7 +22,7 @@ def export(
         Literal["onnx", "openvino", "torch-export", "executorch"] | None,
         arg(metavar="onnx|openvino|torch-export|executorch", help_behavior_hint="(default: by the ending of --out)"),
     ] = None,
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"], arg(metavar="fp32|fp16|bf16")] = "fp32",
+    dtype: Annotated[Literal["fp32", "fp16", "bf16", "int8"], arg(metavar="fp32|fp16|bf16|int8")] = "fp32",
     size: Annotated[
         str | None, arg(metavar="PX|HxW|dynamic", help_behavior_hint="(default: what the model expects)")
     ] = None,
@@ -30,6 +30,12 @@ def export(
     features: Annotated[bool, FlagCreatePairsOff] = False,
     no_fold: Annotated[bool, FlagCreatePairsOff] = False,
     attn_form: Annotated[Literal["auto", "tokens", "covariance"], arg(metavar="auto|tokens|covariance")] = "auto",
+    calibration: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(int8 needs it)")] = None,
+    calibration_images: Annotated[int | None, arg(metavar="N", help_behavior_hint="(int8; default: 300)")] = None,
+    validation: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(int8)")] = None,
+    max_loss: Annotated[
+        float | None, arg(metavar="POINTS", help_behavior_hint="(int8; default: 0.5, or 1 without --validation)")
+    ] = None,
 ) -> None:
     """Write a model as a file for another runtime, and prove that it computes the same.
 
@@ -44,6 +50,10 @@ def export(
     its dtype explains is not kept. It carries the preparation of images and the names of classes: `xcit predict --model
     FILE` runs a classifier's.
 
+    int8 is post-training quantisation, by onnxruntime or by NNCF for OpenVINO: `--dtype int8 --calibration FOLDER
+    --validation FOLDER`. What it loses is measured, and the layers that cost the most are kept in higher precision
+    until that is no more than --max-loss.
+
     Endings: .onnx (onnxruntime), .xml with a .bin beside it (OpenVINO), .pt2 (torch), .pte (ExecuTorch). Existing files
     are replaced.
 
@@ -53,14 +63,20 @@ def export(
         model: What to export; see above.
         out: The file to write.
         format: What it is for.
-        dtype: Of the arithmetic: fp32 and fp16 for onnx; fp32, fp16 (weights alone) and bf16 for openvino; fp32 and
-            bf16 for torch-export; fp32 for executorch.
+        dtype: Of the arithmetic: fp32, fp16 and int8 for onnx; fp32, fp16 (weights alone), bf16 and int8 for openvino;
+            fp32 and bf16 for torch-export; fp32 for executorch.
         size: Height and width of the images that it takes, such as 224 or 480x640, or dynamic for any.
         batch: How many it takes at once, or dynamic for any number.
         features: Write what the heads see instead: pooled features of a classifier, the four maps of a segmenter's or
             a detector's pyramid.
         no_fold: Write the layers as they were trained.
         attn_form: Form of XCA; auto takes what costs less at the size, and tokens for dynamic sizes.
+        calibration: Images like those that the model will meet, from which the ranges of int8 are taken.
+        calibration_images: How many of them at most, at even distances through the folder.
+        validation: Class folders (or what else `xcit eval` reads) by which a classifier's top-1 is measured before and
+            after.
+        max_loss: What int8 may lose, in percentage points: of top-1 with --validation; without, of agreement with the
+            float32 model on the calibration images; of features, their mean relative difference in percent (default 5).
     """
     images, number = _size(size), _batch(batch)
     ending = Path(out).suffix.lower()
@@ -73,12 +89,14 @@ def export(
 
     from xcit.deploy.convert import check_open, check_packages, check_pair
     from xcit.deploy.export import export as write
+    from xcit.deploy.export_int8 import Int8Options, check_options
     from xcit.deploy.export_source import load_model
 
     # before weights are downloaded
     check_pair(chosen, dtype)
     check_open(chosen, [name for name, value in (("size", images), ("batch", number)) if value == "dynamic"])
-    check_packages(chosen)
+    check_options(Int8Options(calibration, calibration_images, validation, max_loss), dtype)
+    check_packages(chosen, dtype)
     exported = write(
         load_model(model),
         out,
@@ -89,6 +107,10 @@ def export(
         features=features,
         fold=not no_fold,
         attn_form=attn_form,
+        calibration=calibration,
+        calibration_images=calibration_images,
+        validation=validation,
+        max_loss=max_loss,
     )
     _print(exported)
 
@@ -128,7 +150,7 @@ def _print(exported: Exported) -> None:
         ("files" if i == 0 else "", f"{file} ({mib(file.stat().st_size)})") for i, file in enumerate(exported.files)
     ]
     facts += [
-        ("runtime", f"{proof.runtime} {proof.version}, {proof.dtype}"),
+        ("runtime", f"{proof.runtime} {proof.version}, {proof.arithmetic if proof.int8 else proof.dtype}"),
         ("takes", f"images of {size}, {number} at once"),
         ("returns", ", ".join(described["outputs"])),
     ]
@@ -143,6 +165,33 @@ def _print(exported: Exported) -> None:
         *((">same class",) if _scored(proof.cases) else ()),
     )
     print_table("proof against the model in float64", columns, (_row(case) for case in proof.cases))
+    if exported.quantised is not None:
+        print_facts("int8", _int8_facts(exported))
+
+
+def _int8_facts(exported: Exported) -> list[tuple[str, str]]:
+    quantised, said = exported.quantised, exported.proof.int8
+    assert quantised is not None
+    assert said is not None
+    figures, calibration = quantised.figures, said["calibration"]
+    facts = [("calibrated on", f"{calibration['images']:,} images of {calibration['folder']}")]
+    if figures.kind == "top-1" and figures.before is not None and figures.after is not None:
+        before, after = 100 * figures.before / figures.compared, 100 * figures.after / figures.compared
+        facts += [
+            ("validated on", f"{figures.compared:,} images of {said['validation']['folder']}"),
+            ("top-1", f"{before:.2f} % before, {after:.2f} % after"),
+            ("changed", f"{figures.to_wrong:,} to wrong, {figures.to_right:,} to right"),
+        ]
+    elif figures.after is not None:
+        facts.append(("same class", f"{figures.after:,} of {figures.compared:,} as in float32, on those images"))
+    facts.append(("loss", f"{figures.loss:.2f} points; {quantised.limit:g} allowed"))
+    number = quantised.num_layers - len(quantised.kept)
+    facts.append(("in int8", f"{number} of {quantised.num_layers} layers"))
+    for i, layer in enumerate(quantised.kept):
+        facts.append(
+            ("" if i else "kept in higher precision", f"{layer.name} (alone {layer.error:.1e} of the outputs)")
+        )
+    return facts
 
 
 def _scored(cases: tuple[Case, ...]) -> bool:

@@ -17,9 +17,11 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -29,11 +31,14 @@ from xcit import __version__
 from xcit.errors import ConfigError, ExportError, UnknownNameError
 from xcit.inference.runtimes import DESCRIPTION, DESCRIPTION_FILE, DESCRIPTION_VERSION, SUFFIXES, missing
 
+if TYPE_CHECKING:
+    from xcit.deploy.quantise import Quantiser
+
 FORMATS = tuple(SUFFIXES)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 OFFERED = {
-    "onnx": ("fp32", "fp16"),
-    "openvino": ("fp32", "fp16", "bf16"),
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
     "torch-export": ("fp32", "bf16"),
     "executorch": ("fp32",),
 }
@@ -43,8 +48,10 @@ REASONS = {
     ("torch-export", "fp16"): "torch computes float16 on CPUs without kernels of its own for it",
     ("executorch", "fp16"): "only float32 is proved with ExecuTorch's XNNPACK",
     ("executorch", "bf16"): "XNNPACK has no bfloat16 layers",
+    ("torch-export", "int8"): "torch has int8 kernels on CPUs for graphs alone that it compiles where they run",
+    ("executorch", "int8"): "only float32 is proved with ExecuTorch's XNNPACK",
 }
-ALTERNATIVES = {"bf16": "openvino or torch-export", "fp16": "onnx or openvino"}
+ALTERNATIVES = {"bf16": "openvino or torch-export", "fp16": "onnx or openvino", "int8": "onnx or openvino"}
 OPEN = ("batch", "size")
 """What can be left open: how many images, and their height and width."""
 _IN_TYPE = {("onnx", "fp16"), ("torch-export", "bf16")}
@@ -59,6 +66,15 @@ _WIDER = 32
 """Pixels by which an example is widened so that its height and width differ."""
 _LARGEST_ONNX = 2**31 - 1
 """Bytes of one protocol buffer."""
+
+
+class _Traced(NamedTuple):
+    """A module on its way into a file."""
+
+    program: torch.export.ExportedProgram
+    outputs: list[str]
+    description: str
+    """JSON."""
 
 
 def check_pair(format: str, dtype: str) -> None:
@@ -90,6 +106,7 @@ def write_artefact(
     smallest: int = 1,
     output_names: Sequence[str] | None = None,
     description: Mapping[str, Any] | None = None,
+    calibration: Sequence[np.ndarray] | None = None,
 ) -> list[Path]:
     """Write any module that takes images as a file for another runtime.
 
@@ -99,26 +116,90 @@ def write_artefact(
         example: images; what is not in ``dynamic`` is fixed at their sizes.
         path: where to; ends as the format's files do. An existing file is replaced.
         format: "onnx", "openvino", "torch-export" or "executorch".
-        dtype: "fp32", "fp16" or "bf16", of ``OFFERED[format]``. Inputs and outputs stay float32.
+        dtype: "fp32", "fp16", "bf16" or "int8", of ``OFFERED[format]``. Inputs and outputs stay float32.
         dynamic: what is left open, of "batch" and "size" (height and width).
         smallest: least height and width, in pixels, that an open size may take.
         output_names: one an output; None for "output", or "output0", "output1", ...
         description: what else the file says of itself, as JSON can hold it.
+        calibration: for int8 alone: images as the module gets them, float32 (C, H, W) each. All layers that can be are
+            quantised; ``quantiser`` leaves the choice.
 
     Returns:
         The files: the path, and OpenVINO's ``.bin`` beside it.
 
     Raises:
-        UnknownNameError, ConfigError: as ``check_pair``; another suffix; something open that the format must know.
+        UnknownNameError, ConfigError: as ``check_pair``; another suffix; something open that the format must know;
+            int8 without calibration, or calibration without int8.
         BackendError: a package that writes the format is not installed; the message names the extra.
         ExportError: the module cannot be put into that format, or does not fit into a file of it.
         OSError: no space, no permission.
     """
     check_pair(format, dtype)
     check_open(format, dynamic)
-    check_packages(format)
+    check_packages(format, dtype)
     if path.suffix != SUFFIXES[format]:
         raise ConfigError(f"{path.name} does not end in {SUFFIXES[format]}, as {format} files do; name it so.")
+    if dtype != "int8" and calibration is not None:
+        raise ConfigError(f"Images to calibrate on are for int8; leave them out for {dtype}.")
+    if dtype == "int8":
+        if not calibration:
+            raise ConfigError("int8 needs images to calibrate on; give some.")
+        made = quantiser(
+            module, example, format=format, dynamic=dynamic, smallest=smallest, output_names=output_names,
+            description=description, calibration=calibration,
+        )  # fmt: skip
+        with _quiet():
+            return made.write(path, made.layers, calibration, None if "batch" in dynamic else len(example))
+    traced = _traced(module, example, format, dtype, dynamic, smallest, output_names, description)
+    writer = {"onnx": _onnx, "openvino": _openvino, "torch-export": _torch, "executorch": _executorch}[format]
+    with _quiet():
+        return writer(traced.program, path, dtype, traced.outputs, traced.description)
+
+
+def quantiser(
+    module: nn.Module,
+    example: Float[Tensor, "batch chans height width"],
+    *,
+    format: str,
+    calibration: Sequence[np.ndarray],
+    dynamic: Collection[str] = (),
+    smallest: int = 1,
+    output_names: Sequence[str] | None = None,
+    description: Mapping[str, Any] | None = None,
+) -> Quantiser:
+    """Return what writes a module with any choice of its layers in int8; arguments as for ``write_artefact``.
+
+    Raises:
+        ConfigError: a format without int8.
+        BackendError: a package is not installed; the message names the extra.
+        ExportError: the module cannot be put into that format, or its quantiser fails.
+    """
+    check_pair(format, "int8")
+    check_packages(format, "int8")
+    traced = _traced(module, example, format, "int8", dynamic, smallest, output_names, description)
+    with _quiet():
+        weights = {name: value for name, value in traced.program.state_dict.items() if isinstance(value, Tensor)}
+        if format == "onnx":
+            from xcit.deploy.quantise_onnx import OnnxQuantiser
+
+            proto = _onnx_proto(traced.program, traced.outputs)
+            return OnnxQuantiser(proto, weights, {DESCRIPTION: traced.description})
+        from xcit.deploy.quantise_openvino import OpenVinoQuantiser
+
+        model = openvino_model(traced.program, traced.outputs, traced.description)
+        return OpenVinoQuantiser(model, weights, calibration, None if "batch" in dynamic else len(example))
+
+
+def _traced(
+    module: nn.Module,
+    example: Tensor,
+    format: str,
+    dtype: str,
+    dynamic: Collection[str],
+    smallest: int,
+    output_names: Sequence[str] | None,
+    description: Mapping[str, Any] | None,
+) -> _Traced:
     graph_type = DTYPES[dtype] if (format, dtype) in _IN_TYPE else None
     artefact = _Artefact(module, None)
     example = example.detach().to("cpu", torch.float32)
@@ -129,30 +210,27 @@ def write_artefact(
         with _quiet():
             program = _program(artefact, example, dynamic, format)
     batch, chans, height, width = example.shape
-    text = json.dumps(
-        {
-            "format_version": DESCRIPTION_VERSION,
-            "xcit": __version__,
-            "format": format,
-            "dtype": dtype,
-            "input": {
-                "batch": None if "batch" in dynamic else batch,
-                "channels": chans,
-                "height": None if "size" in dynamic else height,
-                "width": None if "size" in dynamic else width,
-                "smallest": smallest,
-            },
-            "outputs": names,
-        }
-        | dict(description or {})
-    )
-    writer = {"onnx": _onnx, "openvino": _openvino, "torch-export": _torch, "executorch": _executorch}[format]
-    with _quiet():
-        return writer(program, path, dtype, names, text)
+    described = {
+        "format_version": DESCRIPTION_VERSION,
+        "xcit": __version__,
+        "format": format,
+        "dtype": dtype,
+        "input": {
+            "batch": None if "batch" in dynamic else batch,
+            "channels": chans,
+            "height": None if "size" in dynamic else height,
+            "width": None if "size" in dynamic else width,
+            "smallest": smallest,
+        },
+        "outputs": names,
+    }
+    return _Traced(program, names, json.dumps(described | dict(description or {})))
 
 
-def check_packages(format: str) -> None:
+def check_packages(format: str, dtype: str = "fp32") -> None:
     """Import what writes and runs a format, so that what is missing is known before the work.
+
+    (But NNCF, which takes seconds and wants to be imported quietly: it is only looked for.)
 
     Raises:
         BackendError: a package is not installed, or cannot be loaded; the message names the extra.
@@ -164,6 +242,8 @@ def check_packages(format: str) -> None:
         except ImportError as error:
             package = module.partition(".")[0]
             raise missing(package, "edge" if package == "executorch" else "export", error) from None
+    if (format, dtype) == ("openvino", "int8") and find_spec("nncf") is None:
+        raise missing("nncf", "export", ModuleNotFoundError("nncf"))
 
 
 def check_open(format: str, dynamic: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from torch import nn
 from xcit.data.labels import class_names
 from xcit.deploy.convert import check_open, check_packages, check_pair, write_artefact
 from xcit.deploy.export_files import appearing
+from xcit.deploy.export_int8 import Int8Options, Source, check_options, open_images
 from xcit.deploy.proof import KINDS, Proof, failure, prove, write_proof
 from xcit.errors import BackendError, CheckpointError, ConfigError, ExportError
 from xcit.inference.runtimes import SUFFIXES, open_session
@@ -34,6 +35,7 @@ from xcit.ops.xca_form import FORMS, Form
 
 if TYPE_CHECKING:
     from xcit.deploy.fold import FoldReport
+    from xcit.deploy.quantise import Quantised
 
 DYNAMIC: Literal["dynamic"] = "dynamic"
 _USUAL = 512
@@ -56,6 +58,8 @@ class Exported:
     """What was folded; None where nothing was."""
     description: dict[str, Any]
     """What the file says of itself."""
+    quantised: Quantised | None = None
+    """What int8 loses, and which layers are kept in higher precision; None for other types."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ def export(
     features: bool = False,
     fold: bool = True,
     attn_form: Form = "auto",
+    calibration: Source | None = None,
+    calibration_images: int | None = None,
+    validation: Source | None = None,
+    max_loss: float | None = None,
 ) -> Exported:
     """Write a model as a file for another runtime, and beside it the proof that it computes the same.
 
@@ -95,26 +103,35 @@ def export(
             stays as it is.
         path: where to; ends as the format's files do (.onnx, .xml, .pt2, .pte). Existing files are replaced.
         format: "onnx", "openvino", "torch-export" or "executorch".
-        dtype: "fp32", "fp16" or "bf16", as ``convert.OFFERED`` lists.
+        dtype: "fp32", "fp16", "bf16" or "int8", as ``convert.OFFERED`` lists.
         size: height and width in pixels, or one number for both; "dynamic" for any; None for what the weights expect.
         batch: images at once, or "dynamic" for any number.
         features: what the heads see instead of what they say: a classifier's pooled features (B, C), the four maps of
             a segmenter's or a detector's pyramid.
         fold: fold the model first.
         attn_form: of XCA: "auto" for what costs less at the size ("tokens" for dynamic ones), "tokens", "covariance".
+        calibration: for int8, which needs it: a folder of images like those that the model will meet.
+        calibration_images: for int8: how many of them at most, at even distances; None for 300.
+        validation: for int8 of a classifier: class folders, by which top-1 is measured before and after.
+        max_loss: for int8: what may be lost, in percentage points, before layers are kept in higher precision: of top-1
+            on the validation images (None: 0.5); without them, of agreement with the float32 model on the calibration
+            images (1); of features, their mean relative difference in percent (5).
 
     Returns:
-        The files, the proof, and what was folded.
+        The files, the proof, what was folded, and what int8 costs.
 
     Raises:
         UnknownNameError, ConfigError: a pair that is not offered, a value out of its range, a model that cannot be
-            exported; the message says what can.
+            exported; the message says what can; an int8 option without int8, or int8 without calibration.
+        DataError: images for int8 that cannot be used.
         BackendError: the format's packages are not installed.
         CheckpointError: weights that are not finite.
-        ExportError: the file could not be written, or failed its proof; then nothing is left.
+        ExportError: the file could not be written, failed its proof, or loses too much; then nothing is left.
     """
     path = Path(path).expanduser()
     check_pair(format, dtype)
+    options = Int8Options(calibration, calibration_images, validation, max_loss)
+    check_options(options, dtype)
     if path.suffix != SUFFIXES[format]:
         raise ConfigError(f"{path.name} does not end in {SUFFIXES[format]}, as {format} files do; name it so.")
     if path.is_dir():
@@ -123,8 +140,9 @@ def export(
         raise ConfigError(f"attn_form is {attn_form!r}; XCA has the forms {', '.join(FORMS)}.")
     open_axes = [name for name, value in (("batch", batch), ("size", size)) if value == DYNAMIC]
     check_open(format, open_axes)
-    check_packages(format)
+    check_packages(format, dtype)
     task = _task(model, features)
+    check_options(options, dtype, task.name)
     height, width = _size(size, task)
     number = _batch(batch)
     refuse_not_finite(task.model.state_dict(), "The model", "it is not exported")
@@ -135,22 +153,30 @@ def export(
     elif attn_form != "auto":
         ready = _with_form(copy.deepcopy(task.model), attn_form)
     description = _described(task, attn_form, fold, None if size == DYNAMIC else (height, width))
+    scores = task.name in ("classification", "segmentation")
+    int8 = None
+    if dtype == "int8":
+        cfg = description["pretrained_cfg"]
+        trained = task.size if size == DYNAMIC else (height, width)
+        int8 = open_images(options, cfg, trained, cfg["class_names"] or (), scores=scores)
     shapes = _shapes(number, task, (height, width), size == DYNAMIC)
     mean = task.cfg.get("mean") or [_MIDDLE] * task.in_chans
     std = task.cfg.get("std") or [_MIDDLE] * task.in_chans
+    example = torch.zeros(number or 2, task.in_chans, height, width)
+    described: dict[str, Any] = {
+        "format": format,
+        "dynamic": open_axes,
+        "smallest": task.patch_size + 1 if task.name in ("classification", "features") else 32,
+        "output_names": task.outputs,
+        "description": description,
+    }
+    quantised = None
     with appearing(path) as staged:
-        write_artefact(
-            ready,
-            torch.zeros(number or 2, task.in_chans, height, width),
-            staged,
-            format=format,
-            dtype=dtype,
-            dynamic=open_axes,
-            smallest=task.patch_size + 1 if task.name in ("classification", "features") else 32,
-            output_names=task.outputs,
-            description=description,
-        )
+        if int8 is None:
+            write_artefact(ready, example, staged, dtype=dtype, **described)
         with _usable(staged):
+            if int8 is not None:
+                quantised = int8.write(ready, task.model, example, staged, number=number, **described)
             session = open_session(staged)
             proof = prove(
                 session,
@@ -159,15 +185,20 @@ def export(
                 dtype=dtype,
                 mean=mean,
                 std=std,
-                scores=task.name in ("classification", "segmentation"),
+                scores=scores,
+                images_of=int8.batch if int8 else None,
             )
         if not proof.passed:
             raise failure(proof, path.name)
+        proof = replace(proof, arithmetic=session.arithmetic)
+        if int8 is not None and quantised is not None:
+            proof = replace(proof, int8=int8.facts(quantised))
         description = session.description
         del session  # a runtime may hold the file that is about to be moved
         write_proof(proof, staged.with_name(f"{path.name}.proof.json"))
         names = sorted(file.name for file in staged.parent.iterdir())
-    return Exported(path, tuple(path.with_name(name) for name in names), proof, report, description)
+    files = tuple(path.with_name(name) for name in names)
+    return Exported(path, files, proof, report, description, quantised)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ class OpenVinoSession(Session):
     """An ``.xml`` file, with the ``.bin`` of the same name beside it, in OpenVINO on the CPU.
 
     The arithmetic's precision is what the description says: bfloat16 for a file of that dtype, else float32 (OpenVINO
-    alone would take bfloat16 wherever the CPU has it).
+    alone would take bfloat16 wherever the CPU has it). In an int8 file whatever is not int8 is bfloat16 on a CPU that
+    has it, and float32 on others: rounding to bfloat16 is less than int8's.
     """
 
     format = "openvino"
@@ -33,7 +34,10 @@ class OpenVinoSession(Session):
             raise damaged(path, self.runtime, error) from error
         text = model.get_rt_info([DESCRIPTION]).astype(str) if model.has_rt_info([DESCRIPTION]) else None
         description = read_description(text, path)
-        precision = openvino.Type.bf16 if description.get("dtype") == "bf16" else openvino.Type.f32
+        dtype = description.get("dtype")
+        has_bf16 = "BF16" in core.get_property("CPU", properties.device.capabilities)
+        in_bf16 = dtype == "bf16" or (dtype == "int8" and has_bf16)
+        precision = openvino.Type.bf16 if in_bf16 else openvino.Type.f32
         config = {properties.hint.inference_precision: precision}
         if threads is not None:
             config[properties.inference_num_threads] = threads
@@ -48,6 +52,9 @@ class OpenVinoSession(Session):
                 f"model with --dtype fp32."
             )
         super().__init__(path, str(openvino.__version__), description)
+        self.arithmetic = "bfloat16" if in_bf16 else "float32"  # of float16 weights too
+        if dtype == "int8":
+            self.arithmetic = f"int8, the rest {self.arithmetic}"
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         results = self._model([images])

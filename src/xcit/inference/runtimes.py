@@ -37,6 +37,10 @@ FORMAT_OF_SUFFIX = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export",
 SUFFIXES = {format: suffix for suffix, format in FORMAT_OF_SUFFIX.items()}
 
 
+ARITHMETIC = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8, the rest float32"}
+"""What a file's dtype means, where its runtime does not decide otherwise."""
+
+
 class Session(ABC):
     """An exported model, loaded in its runtime. ``open_session`` makes one.
 
@@ -46,6 +50,7 @@ class Session(ABC):
         runtime: the runtime's name.
         version: the runtime's version.
         description: what the file says of itself, as ``xcit.deploy.export`` wrote it.
+        arithmetic: in which types the runtime computes here, in words.
     """
 
     format: str
@@ -55,6 +60,7 @@ class Session(ABC):
         self.path = path
         self.version = version
         self.description = dict(description)
+        self.arithmetic = ARITHMETIC.get(str(self.description.get("dtype")), "not known")
 
     def __call__(self, images: Float[np.ndarray, "batch chans height width"]) -> tuple[np.ndarray, ...]:
         """Return the model's outputs, each float32 with B as its first axis.
