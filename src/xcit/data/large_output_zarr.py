@@ -29,7 +29,7 @@ class ZarrOutput(DenseOutput):
         self._chunks = (min(rows, shape[0]), min(columns, shape[1]), *shape[2:])
         self._unsynced: set[int] = set()
         super().__init__(*args, **options, block_rows=self._chunks[0])
-        self.bytes_in_memory += 10 * int(np.prod(self._chunks, dtype=np.int64)) * dtype.itemsize  # chunks at once
+        self.bytes_in_memory += 3 * int(np.prod(self._chunks, dtype=np.int64)) * dtype.itemsize  # one, and compressed
 
     def _least_bytes(self) -> int:
         return 0  # it is compressed
@@ -53,7 +53,11 @@ class ZarrOutput(DenseOutput):
             raise ValueError(str(error)) from error
 
     def _put(self, top: int, rows: np.ndarray) -> None:
-        self._array[top : top + len(rows)] = rows
+        # One chunk at a time: of several, zarr would go on with the others after one has failed, and write into a
+        # folder that is being removed.
+        for left in range(0, self.shape[1], self._chunks[1]):
+            columns = slice(left, left + self._chunks[1])
+            self._array[top : top + len(rows), columns] = rows[:, columns]
         self._unsynced.add(top // self._chunks[0])
 
     def _sync(self) -> Any:

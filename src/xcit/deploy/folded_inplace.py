@@ -7,6 +7,10 @@ memory, and with it the time in which the system hands out fresh pages.
 XCA is the map of ``xcit.ops.xca_moments``. LPI sees two rows beyond the band, those above as they were before the band
 before it was overwritten.
 
+Biases after a norm cost no pass. A normed token's channels sum to zero, so that W and W + u 1^T are the same map of it;
+of a token to which the norm adds one they differ by C u. With u = (b - W 1) / C (``carry_bias``) the latter is
+W n + b. Below float32 the bias is added: there the sum is no zero, and one costs digits of the token.
+
 Legend: B batch, N tokens = Hp * Wp, C channels.
 """
 
@@ -33,6 +37,11 @@ HALO = 2
 """Rows beyond its own that LPI's two 3 x 3 convolutions see."""
 KEPT_BANDS = 4
 """Bands of normed tokens that are kept from XCA's first pass to its second. More are made anew."""
+
+
+def carry_bias(weight: Tensor, bias: Tensor) -> Tensor:
+    """Return W + u 1^T: the map of normed tokens that W (..., K, C) is, and W n + b, b (..., K), of those plus one."""
+    return weight + ((bias - weight.sum(-1)) / weight.shape[-1]).unsqueeze(-1)
 
 
 def can_run_in_place(x: Tensor) -> bool:
@@ -80,19 +89,34 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
     bands = x.split(BAND_TOKENS, dim=1)
     kept: list[Tensor] = []
     moments = None
+    added = _added(x)
     for band in bands:
-        normed = norm(band)
+        normed = _normed(norm, band, added)
         found = moments_of(normed, torch.promote_types(x.dtype, torch.float32) if len(bands) == 1 else torch.float64)
         moments = found if moments is None else merge_moments(moments, found)
         if len(bands) <= KEPT_BANDS:
             kept.append(normed)
     assert moments is not None
+    if added is not None:
+        moments = moments._replace(mean=moments.mean - 1)
     weight, bias = channel_map(moments, weights, small_terms=attn.small_terms)
-    weight = weight.transpose(1, 2)
+    if added is not None:
+        weight = carry_bias(weight, bias)
     for i, band in enumerate(bands):
-        normed = kept[i] if kept else norm(band)
+        normed = kept[i] if kept else _normed(norm, band, added)
         # not baddbmm_, which torch's counter of operations does not know
-        torch.baddbmm(band, normed, weight, out=band).add_(bias.unsqueeze(1))
+        torch.baddbmm(band, normed, weight.transpose(1, 2), out=band)
+        if added is None:
+            band.add_(bias.unsqueeze(1))
+
+
+def _added(x: Tensor) -> Tensor | None:
+    """Return the ones (C,) that norms add to tokens like these, if any."""
+    return x.new_ones(x.shape[2]) if x.dtype in (torch.float32, torch.float64) else None
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, None, added, norm.eps)
 
 
 def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> None:
@@ -100,6 +124,7 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
     grid = x.unflatten(1, (height, width))
     rows = height if x.shape[1] <= BAND_TOKENS else max(1, BAND_TOKENS // width)  # of more rows there is one image
     above = grid[:, :0]
+    added = _added(x)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         band = grid[:, top:bottom]
@@ -111,7 +136,7 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
             if bottom < height:  # before the band is overwritten; a band of one row keeps the one above it as well
                 above = seen[:, max(0, first + bottom - top - HALO) : first + bottom - top].clone()
             band.add_(_lpi(block.local_mp, seen)[:, first : first + bottom - top])
-        _mlp(block.mlp, block.norm2, band.view(-1, x.shape[2]))
+        _mlp(block.mlp, block.norm2, band.view(-1, x.shape[2]), added)
 
 
 def _lpi(lpi: FoldedLPI, seen: Tensor) -> Tensor:
@@ -122,7 +147,7 @@ def _lpi(lpi: FoldedLPI, seen: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-def _mlp(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor) -> None:
+def _mlp(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> None:
     """Add the network's output to tokens (T, C)."""
     first, act, second = mlp
     assert isinstance(first, nn.Linear)
@@ -131,5 +156,9 @@ def _mlp(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor) -> None:
     # One hidden layer for all parts: a fresh one each time would cost as much time as its activation.
     room = x.new_empty(min(len(x), MLP_TOKENS), first.out_features)
     for tokens in x.split(MLP_TOKENS):
-        hidden = torch.addmm(first.bias, norm(tokens), first.weight.t(), out=room[: len(tokens)])
+        normed, hidden = _normed(norm, tokens, added), room[: len(tokens)]
+        if added is None:
+            torch.addmm(first.bias, normed, first.weight.t(), out=hidden)
+        else:
+            torch.mm(normed, first.weight.t(), out=hidden)
         torch.addmm(tokens, gelu_(act, hidden), second.weight.t(), out=tokens).add_(second.bias)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xcit.deploy.folded_inplace import can_run_in_place, run_in_place
+from xcit.deploy.folded_inplace import can_run_in_place, carry_bias, run_in_place
 from xcit.deploy.folded_xca import FoldedXCA
 from xcit.errors import ConfigError
 from xcit.models.layers import LPI, XCA, ClassAttention, ClassAttentionBlock, Mlp, PositionalEncodingFourier, XCABlock
@@ -359,7 +359,11 @@ def _xca_weights(norm: nn.LayerNorm, attn: XCA, gamma: Tensor) -> XCAWeights:
 
 
 def _folded_mlp(mlp: Mlp, norm: nn.LayerNorm | None, gamma: Tensor) -> nn.Sequential:
-    first = _scaled(mlp.fc1, None) if norm is None else linear_after_norm(mlp.fc1, norm)
+    if norm is None:
+        first = _scaled(mlp.fc1, None)
+    else:
+        weight, bias = _after_norm(mlp.fc1, norm)
+        first = _linear(carry_bias(weight, bias), bias, mlp.fc1.weight)
     return nn.Sequential(first, copy.deepcopy(mlp.act), _scaled(mlp.fc2, gamma))
 
 
