@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xcit.errors import XCiTError as XCiTError
     from xcit.inference.detector import Detector as Detector
     from xcit.inference.features import FeatureExtractor as FeatureExtractor
+    from xcit.inference.giant import GiantImages as GiantImages
     from xcit.inference.predictor import Predictor as Predictor
     from xcit.inference.segmenter import Segmenter as Segmenter
     from xcit.models.detectors import create_detector as create_detector
@@ -35,6 +36,7 @@ _HOME = {
     "Detector": "xcit.inference.detector",
     "FeatureExtractor": "xcit.inference.features",
     "Predictor": "xcit.inference.predictor",
+    "GiantImages": "xcit.inference.giant",
     "Segmenter": "xcit.inference.segmenter",
     "create_detector": "xcit.models.detectors",
     "save_detector": "xcit.models.detectors",

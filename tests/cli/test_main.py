@@ -23,7 +23,7 @@ def run(code):
 def test_help_names_every_verb_with_its_first_line(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    verbs = "predict,detect,segment,train,eval,probe,embed,index,search,duplicates,retrieval,attend,"
+    verbs = "predict,detect,segment,train,eval,probe,embed,index,search,duplicates,retrieval,attend,giant,"
     verbs += "export,bench,data,quickstart,models,info,doctor"
     assert f"usage: xcit [-h] {{{verbs}}}" in text
     assert "predict     Name the likeliest classes of images." in text

@@ -16,20 +16,11 @@ if sys.platform != "linux":
     pytest.skip("the system's count is read from /proc", allow_module_level=True)
 
 READ = """
-    import json, sys, threading, time
+    import json, sys
     import numpy as np
     import xcit.data.large_image, xcit.data.large_output
+    from xcit.bench.anonymous import AnonymousPeak
     assert not {"tifffile", "zarr", "rasterio", "imagecodecs"} & set(sys.modules)
-
-    def anonymous():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) << 10
-
-    def watch():
-        global peak
-        while running:
-            peak = max(peak, anonymous())
-            time.sleep(0.002)
 
     path, out, band = sys.argv[1], sys.argv[2], int(sys.argv[3])
     with xcit.data.large_image.open_large_image(path) as image:
@@ -38,20 +29,14 @@ READ = """
         x = np.arange(W)[None, :, None]
         held = image.bytes_in_memory
         output = xcit.data.large_output.open_dense_output(out, (H, W), image.dtype)
-        base = peak = anonymous()
-        running = True
-        thread = threading.Thread(target=watch)
-        thread.start()
-        with output:
+        with AnonymousPeak() as peak, output:
             for top in range(0, H, band):
                 window = image.read(top, 0, min(band, H - top), W)
                 for y in (top, top + len(window) - 1):  # the pattern, known beforehand
                     expected = (7 * y + 13 * x[0] + 50 * np.arange(image.channels) + (y * x[0] >> 8)) & 255
                     assert (window[y - top] == expected).all(), y
                 output.write(top, window[..., 0])
-        running = False
-        thread.join()
-    print(json.dumps({"taken": peak - base, "held": held, "writing": output.bytes_in_memory}))
+    print(json.dumps({"taken": peak.highest - peak.before, "held": held, "writing": output.bytes_in_memory}))
 """
 
 
@@ -130,29 +115,15 @@ def read_at(path, page, index):
 
 
 PLAIN = """
-    import json, sys, threading, time
+    import json, sys, time
+    from xcit.bench.anonymous import AnonymousPeak
     from xcit.data.large_image import open_large_image
 
-    def anonymous():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) << 10
-
-    def watch():
-        global peak
-        while running:
-            peak = max(peak, anonymous())
-            time.sleep(0.002)
-
     with open_large_image(sys.argv[1]) as image:
-        base = peak = anonymous()
-        running = True
-        thread = threading.Thread(target=watch)
-        thread.start()
-        image.read(0, 0, 1, 1)
-        time.sleep(0.01)
-        running = False
-        thread.join()
-        print(json.dumps({"taken": peak - base, "held": image.bytes_in_memory}))
+        with AnonymousPeak() as peak:
+            image.read(0, 0, 1, 1)
+            time.sleep(0.01)
+        print(json.dumps({"taken": peak.highest - peak.before, "held": image.bytes_in_memory}))
 """
 
 

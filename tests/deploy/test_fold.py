@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xcit.deploy.fold import fold
-from xcit.deploy.folded_models import FoldedXCiT
 from xcit.errors import ConfigError, ExportError
+from xcit.models.folded_models import FoldedXCiT
 from xcit.models.variants import VARIANTS
 from xcit.models.xcit import XCiT
 from xcit.models.zoo import ARCHITECTURES
@@ -246,7 +246,7 @@ def test_a_fold_that_changes_the_result_is_refused(tiny, monkeypatch) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 1.001 * super().forward(x)
 
-    monkeypatch.setattr("xcit.deploy.fold.FoldedXCiT", Wrong)
+    monkeypatch.setattr("xcit.models.folded_copy.FoldedXCiT", Wrong)
     with pytest.raises(ExportError, match="differs from the original by 1"):
         fold(tiny)
 

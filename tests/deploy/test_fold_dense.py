@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xcit.deploy.fold import fold
-from xcit.deploy.folded_models import FoldedPyramid
 from xcit.errors import ConfigError, ShapeError
 from xcit.models.detectors import save_detector
+from xcit.models.folded_models import FoldedPyramid
 from xcit.models.mask_rcnn import MaskRCNN
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.segmenters import save_segmenter

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from xcit.deploy.folded_models import FoldedPyramid, FoldedXCiT
+from xcit.models.folded_models import FoldedPyramid, FoldedXCiT
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.xcit import XCiT
 

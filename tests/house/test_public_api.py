@@ -22,7 +22,7 @@ def test_every_public_name_resolves():
 def test_the_verbs_that_users_rely_on_are_there():
     promised = {"XCiT", "XCiTError", "Predictor", "create_model", "list_models", "from_timm"}
     promised |= {"Detector", "create_detector", "save_detector", "create_pyramid"}
-    promised |= {"Segmenter", "create_segmenter", "save_segmenter"}
+    promised |= {"Segmenter", "create_segmenter", "save_segmenter", "GiantImages"}
     assert promised | {"load_checkpoint", "save_checkpoint", "__version__"} <= set(xcit.__all__)
 
 

@@ -221,6 +221,30 @@ def _self_supervision(
         sys.exit(stop.exit_code)
 
 
+@app.command(name="giant")
+def _giant(
+    case: str = "*",
+    results: Path = RESULTS,
+    dry: bool = False,
+) -> None:
+    """Measure memory and time of giant images, each in a process of its own.
+
+    Args:
+        case: which; a pattern such as "area/*". They are acceptance/..., area/... and speed/...
+        results: folder of the CSV file that grows.
+        dry: print the figures and keep none.
+    """
+    from fnmatch import fnmatch
+
+    from xcit.bench import giant
+    from xcit.errors import ConfigError
+
+    chosen = [each for each in giant.CASES if fnmatch(each.name, case)]
+    if not chosen:
+        raise ConfigError(f"No case is called {case}; there are {', '.join(each.name for each in giant.CASES)}.")
+    giant.run(chosen, results_dir=None if dry else results)
+
+
 @app.command(name="plots")
 def _plots(
     runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager",
@@ -228,7 +252,7 @@ def _plots(
     results: Path = RESULTS,
     out: Path = Path("docs/images/linear_cost.png"),
 ) -> None:
-    """Draw time and memory against the number of tokens, from what `xcit bench` measured.
+    """Draw time and memory against the number of tokens, and giant images' memory, from what was measured.
 
     Args:
         runtime: whose figures.
@@ -241,6 +265,11 @@ def _plots(
 
     write_linear(path(results), out, runtime=runtime, dtype=dtype)
     print(f"{out}: written")
+    if (results / "giant.csv").exists():
+        from xcit.bench.giant import write_figure
+
+        write_figure(results, out.with_name("giant_memory.png"))
+        print(f"{out.with_name('giant_memory.png')}: written")
 
 
 @app.command(name="tables")

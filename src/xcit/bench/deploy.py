@@ -7,6 +7,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ from xcit.bench.deploy_cases import (
     Runtime,
     entries,
 )
-from xcit.bench.deploy_contenders import prepare
+from xcit.bench.deploy_contenders import Runner, prepare
+from xcit.bench.linear_cost import GROUP
 from xcit.errors import BackendError
 
 PASSES = {"inference": 1, "training": 3}
@@ -64,6 +66,8 @@ def run(
 ) -> list[Row]:
     """Measure cases one after another, each in every precision; a case's rows are on disk before the next begins.
 
+    The sizes of one model in the group linear take turns, and are one case in that.
+
     Args:
         cases: which.
         options: how.
@@ -101,80 +105,105 @@ def run(
             for dtype in dict.fromkeys((*chosen, *(dtype for dtypes in several.values() for dtype in dtypes)))
         }
         all_rows: list[Row] = []
-        for case in cases:
-            together = case.group == PRECISIONS
+        for group in _taking_turns(cases):
+            together = group[0].group == PRECISIONS
             for dtype, runtimes in {"": [*several]}.items() if together else chosen.items():
-                rows = measure(case, dtype, runtimes, options, say=say)
+                rows = measure(group, dtype, runtimes, options, say=say)
                 rows = [row | common | {"matrix_gflops": f"{peaks[row['dtype']]:.1f}"} for row in rows]
                 if out and rows:
                     results.append(out, rows, COLUMNS)
                 all_rows += rows
-                report(case, rows)
+                for case in group:
+                    report(case, [row for row in rows if row["case"] == str(case)])
         return all_rows
     finally:
         torch.set_num_threads(before)
 
 
 def measure(
-    case: DeployCase,
+    cases: Sequence[DeployCase],
     dtype: str,
     runtimes: Sequence[Runtime],
     options: Options,
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Measure one case in one precision.
+    """Measure cases in one precision, the competitors of all in turns.
 
     Returns:
-        One row a competitor that fits into memory; what a whole run shares is "" in it.
+        One row a case and competitor that fits into memory, in the cases' order; what a whole run shares is "" in it.
     """
-    wanted = entries(case, runtimes)
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="xcit-bench-") as folder:
-        runners = prepare(
-            case,
-            wanted,
-            dtype=dtype,
-            device=torch.device(options.device),
-            threads=options.threads,
-            folder=Path(folder),
-            say=say,
-        )
+        runners = {}
+        for i, case in enumerate(cases):
+            (place := Path(folder) / str(i)).mkdir()
+            for runner in prepare(
+                case,
+                entries(case, runtimes),
+                dtype=dtype,
+                device=torch.device(options.device),
+                threads=options.threads,
+                folder=place,
+                say=say,
+            ):
+                runners[case, str(runner.entry)] = runner
         if not runners:
             return []
-        samples = timer.time_interleaved({str(r.entry): r.step for r in runners}, options.plan, options.device)
-        requests = []
-        for runner in runners:
-            entry = runner.entry
-            measured = {
-                "multiply_adds": str(runner.multiply_adds),
-                "gflops": f"{_gflops(case, runner.multiply_adds, samples[str(entry)]):.1f}",
-                "max_rel_diff": f"{runner.difference:.1e}",
-            }
-            named = {
-                "case": str(case),
-                "model": entry.model,
-                "source": entry.source,
-                "runtime": entry.runtime,
-                "dtype": entry.dtype or dtype,
-                "mode": case.mode,
-                "image_size": str(entry.image_size),
-                "batch_size": str(case.batch_size),
-            }
-            ratios = ratios_of(entry, wanted, samples)
-            rows.append(
-                dict.fromkeys(COLUMNS, "") | named | times_of(samples[str(entry)], case.batch_size) | ratios | measured
-            )
-            path = "" if runner.file is None else str(runner.file)
+        plan = replace(options.plan, budget_s=options.plan.budget_s * len(cases))
+        steps = {f"{case} {name}": runner.step for (case, name), runner in runners.items()}
+        samples = timer.time_interleaved(steps, plan, options.device)
+        rows, requests = [], []
+        for (case, _), runner in runners.items():
+            own = {each: samples[f"{case} {each}"] for of, each in runners if of == case}
+            rows.append(_row(case, runner, dtype, own, entries(case, runtimes)))
+            entry, path = runner.entry, "" if runner.file is None else str(runner.file)
             requests.append(
                 deploy_memory.Request(case, entry, entry.dtype or dtype, options.device, options.threads, path)
             )
-        del runner, runners
+        del runner, runners, steps
         gc.collect()  # of large cases both processes would not fit
         if options.memory:
             for row, request in zip(rows, requests, strict=True):
                 row |= _memory(request, say)
     return rows
+
+
+def _row(
+    case: DeployCase, runner: Runner, dtype: str, samples: Mapping[str, list[float]], wanted: Sequence[Entry]
+) -> Row:
+    entry = runner.entry
+    own = samples[str(entry)]
+    named = {
+        "case": str(case),
+        "model": entry.model,
+        "source": entry.source,
+        "runtime": entry.runtime,
+        "dtype": entry.dtype or dtype,
+        "mode": case.mode,
+        "image_size": str(entry.image_size),
+        "batch_size": str(case.batch_size),
+    }
+    measured = {
+        "multiply_adds": str(runner.multiply_adds),
+        "gflops": f"{_gflops(case, runner.multiply_adds, own):.1f}",
+        "max_rel_diff": f"{runner.difference:.1e}",
+    }
+    return (
+        dict.fromkeys(COLUMNS, "")
+        | named
+        | times_of(own, case.batch_size)
+        | ratios_of(entry, wanted, samples)
+        | measured
+    )
+
+
+def _taking_turns(cases: Sequence[DeployCase]) -> list[list[DeployCase]]:
+    """Group cases that are measured in turns: the sizes of a growth, which a machine that slows down would bend."""
+    groups: dict[tuple[object, ...], list[DeployCase]] = {}
+    for case in cases:
+        key = (case.group, case.model, case.batch_size) if case.group == GROUP else (case,)
+        groups.setdefault(key, []).append(case)
+    return list(groups.values())
 
 
 def times_of(samples: list[float], batch_size: int) -> Row:

@@ -42,7 +42,8 @@ def bench(
 
     precisions: our folded model in float32, bfloat16 and int8 in OpenVINO and onnxruntime, all in one run.
 
-    linear: one model over many sizes; the growth of time and memory with the number of tokens is fitted and printed.
+    linear: one model over many sizes, which take turns; the growth of time and memory with the number of tokens is
+    fitted and printed.
 
     training, training-peers: a training step, against timm's XCiT and against those models.
 

@@ -23,7 +23,7 @@ from xcit.errors import XCiTError
 
 VERBS = (
     *("predict", "detect", "segment", "train", "eval", "probe", "embed", "index", "search", "duplicates", "retrieval"),
-    *("attend", "export", "bench", "data", "quickstart", "models", "info", "doctor"),
+    *("attend", "giant", "export", "bench", "data", "quickstart", "models", "info", "doctor"),
 )
 """Each is the function of that name in the file of that name."""
 

@@ -9,7 +9,7 @@ Exactly, and in one pass over the model:
 * class attention makes neither keys nor values, and its last layer leaves the patch tokens as they are;
 * the positional encoding of named sizes is a table.
 
-On a CPU the layers of a folded model then run over their own tokens, band by band (``xcit.deploy.folded_inplace``).
+On a CPU the layers of a folded model then run over their own tokens, band by band (``xcit.models.folded_inplace``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xcit.deploy.fold_report import FoldReport, count_multiply_adds, count_values, relative_difference
-from xcit.deploy.folded_layers import FoldedClassBlock, FoldedLPI, FoldedPosition, conv_with_batch_norm
-from xcit.deploy.folded_models import FoldedPyramid, FoldedTrunk, FoldedXCiT
-from xcit.deploy.folded_xca import SMALL_TERMS
 from xcit.errors import ConfigError, ExportError
+from xcit.models.folded_copy import foldable_backbone, folded_copy
+from xcit.models.folded_layers import FoldedClassBlock, FoldedLPI, FoldedPosition
+from xcit.models.folded_models import FoldedTrunk, FoldedXCiT
+from xcit.models.folded_xca import SMALL_TERMS
 from xcit.models.layers import XCA
 from xcit.models.mask_rcnn import MaskRCNN
 from xcit.models.pyramid import XCiTPyramid
-from xcit.models.segmentation import ConvNorm, SegmentationModel
+from xcit.models.segmentation import SegmentationModel
 from xcit.models.xcit import XCiT
 from xcit.ops.xca_form import FORMS, Form
 
@@ -83,13 +84,12 @@ def fold(
         >>> print(folded.report)
         >>> logits = folded.model(images)
     """
-    backbone = _backbone(model)
+    backbone = foldable_backbone(model)
     _check_options(backbone, form, small_terms)
     sizes = _checked_sizes("image_sizes", image_sizes, backbone)
     checked = _checked_sizes("check_sizes", check_sizes, backbone) or sizes or CHECK_SIZES
-    make: Any = FoldedXCiT if isinstance(backbone, XCiT) else FoldedPyramid
-    trunk: FoldedTrunk = make(backbone, form, small_terms, sizes)
-    folded = trunk if model is backbone else _around(model, backbone, trunk)
+    folded = folded_copy(model, form=form, small_terms=small_terms, image_sizes=sizes)
+    trunk = _trunk(folded)
 
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
     before, after = _images_to_tensors(original), _images_to_tensors(folded)
@@ -120,23 +120,6 @@ def fold(
     return Folded(folded, report)
 
 
-def _backbone(model: nn.Module) -> XCiT | XCiTPyramid:
-    """Return the part that is folded."""
-    if isinstance(model, (XCiT, XCiTPyramid)):
-        return model
-    inner = model.backbone if isinstance(model, SegmentationModel) else None
-    if isinstance(model, MaskRCNN):
-        inner = model.backbone.body
-    if isinstance(inner, XCiTPyramid):
-        return inner
-    if isinstance(model, FoldedTrunk) or isinstance(inner, FoldedTrunk):
-        raise ConfigError("The model is folded already; fold the one that it was made of.")
-    raise ConfigError(
-        f"Only an XCiT, an XCiTPyramid, a segmenter or a MaskRCNN can be folded; got {type(model).__name__}. Of a "
-        f"compiled or wrapped model, fold the one inside and wrap the result."
-    )
-
-
 def _check_options(backbone: XCiT | XCiTPyramid, form: str, small_terms: torch.dtype) -> None:
     if form not in FORMS:
         raise ConfigError(f"form is {form!r}; XCA has the forms {', '.join(FORMS)}.")
@@ -165,15 +148,9 @@ def _checked_sizes(name: str, sizes: Sequence[tuple[int, int]], backbone: XCiT |
     return list(dict.fromkeys(checked))
 
 
-def _around(model: nn.Module, backbone: XCiTPyramid | XCiT, trunk: FoldedTrunk) -> nn.Module:
-    """Return a copy of a segmenter or a detector on a folded backbone, its own batch norms folded as well."""
-    memo: dict[int, Any] = {id(backbone): trunk}  # what deepcopy takes for the backbone's copy
-    folded = copy.deepcopy(model, memo)
-    for module in folded.modules():
-        if isinstance(module, ConvNorm):
-            module.conv = conv_with_batch_norm(module.conv, module.bn)
-            module.bn = nn.Identity()  # type: ignore[assignment]
-    return folded.eval().requires_grad_(False)
+def _trunk(folded: nn.Module) -> FoldedTrunk:
+    (trunk,) = (module for module in folded.modules() if isinstance(module, FoldedTrunk))
+    return trunk
 
 
 def _images_to_tensors(model: nn.Module) -> Callable[[Tensor], Any]:

@@ -29,10 +29,10 @@ from xcit.inference.segment_windows import (
     LowLogits,
     Picture,
     WindowLogits,
-    between,
     whole_logits,
 )
 from xcit.inference.stream import evaluating
+from xcit.models.row_maps import between
 from xcit.models.segmentation import SegmentationModel
 from xcit.ops.image_size import scaled_size
 
@@ -138,27 +138,54 @@ def default_stride(window: int) -> int:
 
 
 def labelled(looks: Sequence[LowLogits], size: tuple[int, int], *, strip_bytes: int = STRIP_BYTES) -> Labelled:
-    """Return the most probable class of every pixel and its probability, a strip of rows after the other.
+    """Return the most probable class of every pixel and its probability.
+
+    Args:
+        looks: as of ``labelled_strips``.
+        size: likewise.
+        strip_bytes: likewise.
+    """
+    labels = np.empty(size, label_type(looks[0].shape[0]))
+    scores = np.empty(size, np.float16)
+    finite = True
+    for begin, strip in labelled_strips(looks, size, strip_bytes=strip_bytes):
+        rows = slice(begin, begin + len(strip.labels))
+        labels[rows], scores[rows] = strip.labels, strip.scores
+        finite = finite and strip.finite
+    return Labelled(labels, scores, finite)
+
+
+def labelled_strips(
+    looks: Sequence[LowLogits],
+    size: tuple[int, int],
+    *,
+    strip_bytes: int = STRIP_BYTES,
+    begin: int = 0,
+    end: int | None = None,
+) -> Iterator[tuple[int, Labelled]]:
+    """Yield the most probable class of every pixel and its probability, a strip of rows after the other.
 
     Args:
         looks: the logits of the image; of several, the probabilities are averaged.
         size: H, W of the image.
         strip_bytes: that the logits of a strip may take; no less than one row is made at once.
+        begin: the first row.
+        end: behind the last; None for all.
+
+    Yields:
+        The first row of the strip, and the strip.
     """
     H, W = size
     K = looks[0].shape[0]
-    labels = np.empty(size, label_type(K))
-    scores = np.empty(size, np.float16)
-    finite = True
+    dtype = label_type(K)
     widest = max(W, *(look.extent[1] for look in looks))
     step = max(1, strip_bytes // (4 * K * widest))
-    for begin in range(0, H, step):
-        rows = begin, min(H, begin + step)
+    end = H if end is None else end
+    for first in range(begin, end, step):
+        rows = first, min(end, first + step)
         top, label, score = _best(strip_logits(look, size, *rows) for look in looks)
-        finite = finite and bool(top.isfinite().all())
-        labels[slice(*rows)] = label.cpu().numpy()
-        scores[slice(*rows)] = score.half().cpu().numpy()
-    return Labelled(labels, scores, finite)
+        finite = bool(top.isfinite().all())
+        yield first, Labelled(label.cpu().numpy().astype(dtype), score.half().cpu().numpy(), finite)
 
 
 def strip_logits(look: LowLogits, size: tuple[int, int], begin: int, end: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xcit.errors import ShapeError
 from xcit.models.pyramid import STRIDES
+from xcit.models.row_maps import between
 from xcit.models.segmentation import SegmentationModel
 
 STRIDE = STRIDES[0]
@@ -263,10 +264,3 @@ def _weights(side: _Side, low: int) -> Tensor:
     for start in side.starts:
         total[start // STRIDE : start // STRIDE + low] += bell
     return torch.from_numpy(np.stack([bell / total[s // STRIDE : s // STRIDE + low] for s in side.starts]))
-
-
-def between(places: Tensor, old: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for places of a scaled side, the two old ones between which each lies and the share of the second."""
-    place = ((places.double() + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
-    first = place.floor().long()
-    return first, (first + 1).clamp(max=old - 1), place - first

@@ -26,8 +26,8 @@ from xcit.ops.xca import XCAWeights, take_form, xca_tokens
 from xcit.ops.xca_moments import channel_map, merge_moments, moments_of
 
 if TYPE_CHECKING:
-    from xcit.deploy.folded_layers import FoldedBlock, FoldedLPI
-    from xcit.deploy.folded_xca import FoldedXCA
+    from xcit.models.folded_layers import FoldedBlock, FoldedLPI
+    from xcit.models.folded_xca import FoldedXCA
 
 BAND_TOKENS = 4096
 """Of a band: so many that LPI's halo costs little."""
@@ -46,12 +46,16 @@ def carry_bias(weight: Tensor, bias: Tensor) -> Tensor:
 
 def can_run_in_place(x: Tensor) -> bool:
     """Return whether a layer may run over these tokens: eager mode on a CPU, and no gradient to be kept for."""
+    return can_run_in_bands(x) and x.is_contiguous()
+
+
+def can_run_in_bands(x: Tensor) -> bool:
+    """Return whether parts of these values may be computed one after another: as above, in any layout."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.is_autocast_enabled("cpu")
-        and x.is_contiguous()
     )
 
 
@@ -112,7 +116,7 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
 
 def _added(x: Tensor) -> Tensor | None:
     """Return the ones (C,) that norms add to tokens like these, if any."""
-    return x.new_ones(x.shape[2]) if x.dtype in (torch.float32, torch.float64) else None
+    return x.new_ones(x.shape[-1]) if x.dtype in (torch.float32, torch.float64) else None
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> Tensor:
@@ -124,7 +128,6 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
     grid = x.unflatten(1, (height, width))
     rows = height if x.shape[1] <= BAND_TOKENS else max(1, BAND_TOKENS // width)  # of more rows there is one image
     above = grid[:, :0]
-    added = _added(x)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         band = grid[:, top:bottom]
@@ -135,11 +138,11 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
             first = above.shape[1]
             if bottom < height:  # before the band is overwritten; a band of one row keeps the one above it as well
                 above = seen[:, max(0, first + bottom - top - HALO) : first + bottom - top].clone()
-            band.add_(_lpi(block.local_mp, seen)[:, first : first + bottom - top])
-        _mlp(block.mlp, block.norm2, band.view(-1, x.shape[2]), added)
+            band.add_(local_output(block.local_mp, seen)[:, first : first + bottom - top])
+        mlp_(block.mlp, block.norm2, band.view(-1, x.shape[2]))
 
 
-def _lpi(lpi: FoldedLPI, seen: Tensor) -> Tensor:
+def local_output(lpi: FoldedLPI, seen: Tensor) -> Tensor:
     """Return LPI's output (B, rows, width, C) for rows around which there is nothing but zeros."""
     y = F.layer_norm(seen, seen.shape[-1:], None, lpi.conv1.shift, lpi.norm.eps)
     y = gelu_(lpi.act, lpi.conv1.of_shifted(y.permute(0, 3, 1, 2)))
@@ -147,8 +150,9 @@ def _lpi(lpi: FoldedLPI, seen: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-def _mlp(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> None:
-    """Add the network's output to tokens (T, C)."""
+def mlp_(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor) -> None:
+    """Add the feed-forward network's output to tokens (T, C), in their place."""
+    added = _added(x)
     first, act, second = mlp
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)

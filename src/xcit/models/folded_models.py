@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xcit.deploy.folded_inplace import OverwritingGELU, can_run_in_place
-from xcit.deploy.folded_layers import (
+from xcit.errors import ConfigError, ExportError, ShapeError
+from xcit.models.folded_inplace import OverwritingGELU, can_run_in_bands, can_run_in_place
+from xcit.models.folded_layers import (
     FoldedBlock,
     FoldedClassBlock,
     FoldedPosition,
@@ -26,8 +27,8 @@ from xcit.deploy.folded_layers import (
     transposed_conv_with_batch_norm,
     without_affine,
 )
-from xcit.deploy.folded_xca import FoldedXCA
-from xcit.errors import ConfigError, ExportError, ShapeError
+from xcit.models.folded_stem import embed_in_bands
+from xcit.models.folded_xca import FoldedXCA
 from xcit.models.layers import XCA, ClassAttentionBlock, ConvPatchEmbed, XCABlock
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.variants import BlockWithoutLPI, LinearPatchEmbed, XCAWithoutTemperature
@@ -86,11 +87,26 @@ class FoldedTrunk(InferenceModule):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Return the tokens, which are nobody else's, and the patch grid."""
+        position = self.pos_embeder
+        if self._can_embed_in_bands(x):
+            tokens = embed_in_bands(self.patch_embed, x, None if position is None else position.parts)
+            if tokens is not None:
+                Hp, Wp = (-(-side // self.patch_size) for side in x.shape[2:])
+                return tokens, Hp, Wp
         x, (Hp, Wp) = self.patch_embed(x)
-        if self.pos_embeder is None:
+        if position is None:
             return x, Hp, Wp
-        position = self.pos_embeder(Hp, Wp)
-        return (x.add_(position) if can_run_in_place(x) else x + position), Hp, Wp
+        encoding = position(Hp, Wp)
+        return (x.add_(encoding) if can_run_in_place(x) else x + encoding), Hp, Wp
+
+    def _can_embed_in_bands(self, x: Tensor) -> bool:
+        """Return whether images are ones that the stem takes, and can go through it in bands."""
+        return (
+            can_run_in_bands(x)
+            and x.ndim == 4
+            and x.shape[1] == self.config["in_chans"]
+            and min(x.shape[2:]) >= self.patch_size
+        )
 
 
 class FoldedXCiT(FoldedTrunk):
@@ -148,7 +164,7 @@ class FoldedXCiT(FoldedTrunk):
             for block in self.cls_attn_blocks:
                 cls, x = block(cls, x)
             x = torch.cat((cls, x), dim=1)
-        return F.layer_norm(x, x.shape[-1:], self.norm_scale, self.norm_shift, self.norm.eps)
+        return self.whole_final_norm(x)
 
     def _tokens(self, x: Tensor) -> Tensor:
         x, Hp, Wp = self._embed(x)
@@ -162,17 +178,20 @@ class FoldedXCiT(FoldedTrunk):
         if self.global_pool == "avg":  # which sees patch tokens alone
             for block in self.cls_attn_blocks:
                 x = block.patch_tokens(x)  # type: ignore[operator]
-            return self._final_norm(x).mean(dim=1)
+            return self.final_norm(x).mean(dim=1)
         assert self.cls_token is not None
         cls = self.cls_token.expand(x.shape[0], -1, -1)
         *earlier, last = list(self.cls_attn_blocks)
         for block in earlier:
             cls, x = block(cls, x)
-        return self._final_norm(last.class_token(cls, x))[:, 0]  # type: ignore[operator]
+        return self.final_norm(last.class_token(cls, x))[:, 0]  # type: ignore[operator]
 
-    def _final_norm(self, x: Tensor) -> Tensor:
-        if self.head is not None:
-            return self.norm(x)
+    def final_norm(self, x: Tensor) -> Tensor:
+        """Return tokens after the final norm, without its affine where the head has it."""
+        return self.whole_final_norm(x) if self.head is None else self.norm(x)
+
+    def whole_final_norm(self, x: Tensor) -> Tensor:
+        """Return tokens after the final norm with its affine."""
         return F.layer_norm(x, x.shape[-1:], self.norm_scale, self.norm_shift, self.norm.eps)
 
 

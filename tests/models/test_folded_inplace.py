@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from xcit.bench.memory import peak_mib
-from xcit.deploy import folded_inplace
 from xcit.deploy.fold import fold
-from xcit.deploy.folded_layers import FoldedBlock
+from xcit.models import folded_inplace
+from xcit.models.folded_layers import FoldedBlock
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.variants import BlockWithoutLPI
 from xcit.models.xcit import XCiT

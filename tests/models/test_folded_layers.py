@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from xcit.deploy.folded_layers import FoldedClassBlock, FoldedDepthwise, FoldedPosition
-from xcit.deploy.folded_xca import FoldedXCA, covariance_graph
 from xcit.errors import ConfigError
+from xcit.models.folded_layers import FoldedClassBlock, FoldedDepthwise, FoldedPosition
+from xcit.models.folded_xca import FoldedXCA, covariance_graph
 from xcit.models.layers import ClassAttentionBlock, PositionalEncodingFourier
 from xcit.ops.xca import XCAWeights, xca_tokens
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xcit.deploy.folded_inplace import can_run_in_place, carry_bias, run_in_place
-from xcit.deploy.folded_xca import FoldedXCA
 from xcit.errors import ConfigError
+from xcit.models.folded_inplace import can_run_in_place, carry_bias, run_in_place
+from xcit.models.folded_xca import FoldedXCA
 from xcit.models.layers import LPI, XCA, ClassAttention, ClassAttentionBlock, Mlp, PositionalEncodingFourier, XCABlock
 from xcit.models.variants import BlockWithoutLPI, XCAWithoutTemperature
 from xcit.ops.position import fourier_position
@@ -169,7 +169,7 @@ class FoldedBlock(nn.Module):
             height: of the grid, in patches.
             width: likewise.
             overwrite: whether x may be overwritten with the result, which saves memory and time where that is possible
-                (``xcit.deploy.folded_inplace``).
+                (``xcit.models.folded_inplace``).
         """
         if overwrite and can_run_in_place(x):
             run_in_place(self, x, height, width)
@@ -202,12 +202,18 @@ class FoldedClassAttention(nn.Module):
         self, cls: Float[Tensor, "batch 1 channels"], patches: Float[Tensor, "batch tokens channels"]
     ) -> Float[Tensor, "batch 1 channels"]:
         """Return what is added to the class token, of the class token and the patch tokens, normed without affine."""
-        h = self.key_weight.shape[0]
-        q = self.query(cls).unflatten(-1, (h, -1)).transpose(1, 2)  # (B, h, 1, d)
-        direction = (q @ self.key_weight).squeeze(2)  # (B, h, C)
+        direction = self.direction(cls)
         scores = torch.cat((direction @ cls.transpose(1, 2), direction @ patches.transpose(1, 2)), dim=-1)
         attn = scores.softmax(dim=-1)  # (B, h, 1 + N)
-        mean = attn[..., :1] @ cls + attn[..., 1:] @ patches  # (B, h, C)
+        return self.of_mean(attn[..., :1] @ cls + attn[..., 1:] @ patches)
+
+    def direction(self, cls: Float[Tensor, "batch 1 channels"]) -> Float[Tensor, "batch heads channels"]:
+        """Return what each head's scores are products of the normed tokens with, but for a term common to all."""
+        q = self.query(cls).unflatten(-1, (self.key_weight.shape[0], -1)).transpose(1, 2)  # (B, h, 1, d)
+        return (q @ self.key_weight).squeeze(2)
+
+    def of_mean(self, mean: Float[Tensor, "batch heads channels"]) -> Float[Tensor, "batch 1 channels"]:
+        """Return what is added to the class token, of the normed tokens' mean as each head weighs them."""
         value = (self.value_weight @ mean.unsqueeze(-1)).flatten(1) + self.value_bias  # (B, C)
         return self.proj(value).unsqueeze(1)
 
@@ -253,8 +259,16 @@ class FoldedClassBlock(nn.Module):
         """Return the patch tokens alone, to which class attention contributes nothing."""
         return self._patches(patches, self.norm1(patches))
 
+    def class_token_of_mean(
+        self, cls: Float[Tensor, "batch 1 channels"], mean: Float[Tensor, "batch heads channels"]
+    ) -> Float[Tensor, "batch 1 channels"]:
+        """Return the class token alone, of the mean of ``FoldedClassAttention.of_mean``."""
+        return self._after_attention(cls + self.attn.of_mean(mean))
+
     def _class_token(self, cls: Tensor, normed: Tensor) -> Tensor:
-        cls = cls + self.attn(self.norm1(cls), normed)
+        return self._after_attention(cls + self.attn(self.norm1(cls), normed))
+
+    def _after_attention(self, cls: Tensor) -> Tensor:
         cls = F.layer_norm(cls, cls.shape[-1:], self.scale2, self.shift2, self.eps)
         return cls + self.mlp(cls)
 
@@ -296,12 +310,17 @@ class FoldedPosition(nn.Module):
             if statically_known_true(height == grid[0]) and statically_known_true(width == grid[1]):
                 table: Tensor = getattr(self, _table_name(*grid))
                 return table
+        rows, columns = self.parts(height, width)
+        return (rows.unsqueeze(1) + columns).flatten(0, 1).unsqueeze(0)
+
+    def parts(
+        self, height: int, width: int
+    ) -> tuple[Float[Tensor, "height channels"], Float[Tensor, "width channels"]]:
+        """Return what a patch's row and its column contribute; the encoding is their sum."""
         D, device = self.hidden_dim, self.weight.device
         rows = fourier_position(height, 1, hidden_dim=D, device=device)[:, 0, :D].to(self.weight.dtype)
         columns = fourier_position(1, width, hidden_dim=D, device=device)[0, :, D:].to(self.weight.dtype)
-        rows = F.linear(rows, self.weight[:, :D])  # (Hp, C)
-        columns = F.linear(columns, self.weight[:, D:], self.bias)  # (Wp, C)
-        return (rows.unsqueeze(1) + columns).flatten(0, 1).unsqueeze(0)
+        return F.linear(rows, self.weight[:, :D]), F.linear(columns, self.weight[:, D:], self.bias)
 
 
 def conv_with_batch_norm(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
