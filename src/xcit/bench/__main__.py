@@ -245,6 +245,26 @@ def _giant(
     giant.run(chosen, results_dir=None if dry else results)
 
 
+@app.command(name="tiling")
+def _tiling(
+    steps: int = 800,
+    images: int = 200,
+    results: Path = RESULTS,
+    dry: bool = False,
+) -> None:
+    """Train a small model to find a digit, and test it on growing images: whole, and tile by tile.
+
+    Args:
+        steps: of training.
+        images: of each size.
+        results: folder of the CSV file that grows.
+        dry: print the figures and keep none.
+    """
+    from xcit.bench import tiling
+
+    tiling.run(steps=steps, images=images, results_dir=None if dry else results)
+
+
 @app.command(name="plots")
 def _plots(
     runtime: Literal["eager", "compile", "onnxruntime", "openvino"] = "eager",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xcit.bench import ablations, deploy_tables, giant, results, self_supervision
+from xcit.bench import ablations, deploy_tables, giant, results, self_supervision, tiling
 from xcit.bench.cases import (
     BACKBONE,
     LOADING_COLUMNS,
@@ -230,6 +230,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "deploy-growth": deploy_tables.growth_table,
     "deploy-training": deploy_tables.training_table,
     "giant": giant.table,
+    "tiling": tiling.table,
 }
 """The tables by the name that a document asks for."""
 

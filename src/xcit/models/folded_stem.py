@@ -15,10 +15,10 @@ from xcit.models.layers import ConvPatchEmbed
 from xcit.models.row_maps import Convolved, RowMap
 from xcit.models.variants import LinearPatchEmbed
 
-LARGE = 2**20
+LARGE = 640 * 640
 """Pixels of an image from which on the stem's maps count in memory."""
-BAND_TOKENS = 2048
-"""Made at once by ``embed_in_bands``, at least: fewer would cost time (rows that bands share, products too small)."""
+BAND_BYTES = 12 << 20
+"""Of the first map, made at once by ``embed_in_bands``, at least: less would cost time (rows that bands share)."""
 BANDS = 8
 """Of large images: with so many the stem takes less memory than the layers."""
 
@@ -58,7 +58,9 @@ def embed_in_bands(
         return None
     height, width = (-(-side // stem.patch_size) for side in x.shape[2:])
     num_tokens = x.shape[0] * height * width
-    band = max(BAND_TOKENS, num_tokens // BANDS) * height // num_tokens
+    first = next(layer for layer in stem.proj if isinstance(layer, nn.Conv2d))
+    token_bytes = (stem.patch_size // 2) ** 2 * first.out_channels * x.element_size()  # of the first map
+    band = max(BAND_BYTES // token_bytes, num_tokens // BANDS) * height // num_tokens
     if not 0 < band < height:
         return None
     parts = None if position is None else position(height, width)
