@@ -23,6 +23,8 @@ from xcit.models.folded_models import FoldedTrunk
 
 LIBRARIES = 160 << 20
 """What libraries take when they first run: buffers of threads, kernels, scratch space; and what an allocator keeps."""
+DRIFT = 16 << 20
+"""By which what a process holds may differ from one run to the next: of the least that is said to work."""
 SHARE = 0.8
 """Of the memory that is free, where no budget is given."""
 LEAST_ROWS = 8
@@ -132,7 +134,7 @@ def make_plan(needs: Needs, budget: int | None, *, band: int | None = None) -> P
     stem = min(h, max(1, -(-BAND_TOKENS // (4 * w))))
     head = 32
     kept = int(token_bytes * needs.kept_grids)
-    least = peak(1, 1, 1)
+    least = peak(1, 1, 1) + DRIFT
     if band is not None:
         rows = stem = band
         on_disk = peak(rows, stem, head) + token_bytes + kept > budget
