@@ -43,7 +43,7 @@ def run(*, steps: int, images: int, results_dir: Path | None, say: Callable[[str
     model = train(splits.train, steps, say)
     giant = GiantImages(model, device="cpu", mean=(MEAN,), std=(STD,))
     tiles = TiledImages(giant, TILE)
-    rows, date = [], results.now()
+    date = results.now()
     for side in TESTED_ON:
         draw = np.random.default_rng(side)
         right = {"whole": 0, "tiled": 0}
@@ -56,9 +56,8 @@ def run(*, steps: int, images: int, results_dir: Path | None, say: Callable[[str
         shares = {name: f"{count / images:.3f}" for name, count in right.items()}
         say(f"{side} px: whole {shares['whole']}, tiled {shares['tiled']}")
         facts = {"date": date, "side": str(side), "tile": str(TILE), "images": str(images), "steps": str(steps)}
-        rows.append(facts | shares | results.environment("cpu"))
-    if results_dir is not None:
-        results.append(results_dir / "tiling.csv", rows, COLUMNS)
+        if results_dir is not None:
+            results.append(results_dir / "tiling.csv", [facts | shares | results.environment("cpu")], COLUMNS)
 
 
 def train(digits: Digits, steps: int, say: Callable[[str], None]) -> XCiT:
