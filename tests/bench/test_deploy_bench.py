@@ -85,6 +85,19 @@ def test_peers_at_one_size(monkeypatch):
     assert rows[1]["max_rel_diff"] == "0.0e+00"  # its own eager model is its measure
 
 
+def test_a_peer_with_a_class_token_of_its_own_is_counted():
+    """CaiT's, which is a parameter where a module takes it in."""
+    model = deploy_models.build("peer", "cait_xxs24_224", 224)
+    assert deploy_models.count_multiply_adds(model, 224) == pytest.approx(2.5e9, rel=0.05)  # timm's table has 2.53
+
+
+def test_steps_of_a_peer_are_the_same_each_time():
+    """Swin comes with stochastic depth."""
+    model = deploy_models.build("peer", "swin_tiny_patch4_window7_224", 64).train()
+    images = deploy_models.make_images(64, 2)
+    assert torch.equal(model(images), model(images))
+
+
 def test_a_training_step():
     rows = deploy.run(
         [DeployCase("training", "xcit_nano_12_p16", 64, 2)], OPTIONS._replace(dtypes=("float32", "bfloat16"))

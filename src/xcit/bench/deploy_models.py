@@ -74,7 +74,7 @@ def count_multiply_adds(module: nn.Module, image_size: int) -> int:
     Shapes alone are followed; nothing is computed.
     """
     with torch.device("meta"):
-        model = copy.deepcopy(module).to("meta")
+        model = copy.deepcopy(module).to("meta").requires_grad_(False)  # which the counter's hooks would follow
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = model.to_empty(device="cpu")
         # attention as one product after the other: not every fused kernel of it is known to the counter
@@ -87,10 +87,19 @@ def count_multiply_adds(module: nn.Module, image_size: int) -> int:
 
 
 def _other(name: str, image_size: int) -> nn.Module:
-    """One of timm's other models with its own initial values, built for images of that size."""
+    """One of timm's other models with its own initial values, built for images of that size.
+
+    Without stochastic depth and dropout, which some have as they come: no two steps would be the same.
+    """
     import timm
 
     torch.manual_seed(SEED)
     known = timm.get_pretrained_cfg(name) if name in timm.list_models() else None
     options = {"img_size": image_size} if known is not None and known.fixed_input_size else {}
-    return create_peer(name, num_classes=NUM_CLASSES, options=options).eval()
+    model = create_peer(name, num_classes=NUM_CLASSES, options=options).eval()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
