@@ -74,6 +74,21 @@ def test_logits_and_features(patch_size: int, size: tuple[int, int], band: int |
     assert difference(features.reshape(-1, 32), tokens[0, 1:]) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("band", [2, None])
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_half_precision_is_no_worse_than_over_the_whole_image(patch_size: int, band: int | None, dtype, make) -> None:
+    model, image = make(patch_size), image_of((97, 160))
+    half = make(patch_size)
+    half.load_state_dict(model.state_dict())
+    half.to(dtype)
+    with torch.no_grad():
+        truth = model.forward_features(prepared(image))[0, 1:]
+        whole = half.forward_features(prepared(image, dtype))[0, 1:].double()
+    found = torch.from_numpy(GiantImages(half, band=band, **SCALING).features(image, dtype="float64")).view_as(truth)
+    assert 0 < (found - truth).norm() < 1.5 * (whole - truth).norm()
+
+
 @pytest.mark.parametrize("band", [1, 4, None])
 def test_features_of_a_block(band: int | None, make) -> None:
     model, image = make(), image_of((61, 133))

@@ -1,29 +1,15 @@
-"""The anonymous memory of this process as Linux counts it: what no file backs, so that it cannot be given back."""
+"""The peak of this process's anonymous memory: what no file backs, so that the system cannot take it back."""
 
 from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 
 from xcit.errors import BackendError
+from xcit.inference.room import anonymous_bytes
 
-STATUS = Path("/proc/self/status")
 STEP_S = 0.002
-
-
-def anonymous_bytes() -> int:
-    """Return how much there is now.
-
-    Raises:
-        BackendError: another system than Linux.
-    """
-    try:
-        lines = STATUS.read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
-        raise BackendError("Anonymous memory is read from /proc/self/status, which only Linux has.") from None
 
 
 class AnonymousPeak:
@@ -32,10 +18,13 @@ class AnonymousPeak:
     Attributes:
         before: bytes when the block began.
         highest: the most since then.
+
+    Raises:
+        BackendError: another system than Linux.
     """
 
     def __enter__(self) -> AnonymousPeak:
-        self.before = self.highest = anonymous_bytes()
+        self.before = self.highest = self._now()
         self._running = True
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -47,5 +36,12 @@ class AnonymousPeak:
 
     def _watch(self) -> None:
         while self._running:
-            self.highest = max(self.highest, anonymous_bytes())
+            self.highest = max(self.highest, self._now())
             time.sleep(STEP_S)
+
+    @staticmethod
+    def _now() -> int:
+        held = anonymous_bytes()
+        if held is None:
+            raise BackendError("Anonymous memory is read from /proc/self/status, which only Linux has.")
+        return held

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 from xcit.errors import ConfigError
 from xcit.inference.devices import available_bytes, bytes_text
 from xcit.inference.giant_layers import NORM_TOKENS
+from xcit.inference.room import anonymous_bytes
 from xcit.models.folded_inplace import BAND_TOKENS, HALO, MLP_TOKENS
 from xcit.models.folded_models import FoldedTrunk
 
@@ -114,7 +114,7 @@ def make_plan(needs: Needs, budget: int | None, *, band: int | None = None) -> P
     Raises:
         ConfigError: the budget is too small; the message says which is not.
     """
-    base = anonymous_bytes()
+    base = anonymous_bytes() or _BASE
     if budget is None:
         free = available_bytes(torch.device("cpu"))
         budget = base + int(SHARE * free) if free is not None else 2**62
@@ -157,17 +157,6 @@ def make_plan(needs: Needs, budget: int | None, *, band: int | None = None) -> P
         f"{bytes_text(budget)} of memory are too little for an image of {needs.image_size[0]} x {needs.image_size[1]} "
         f"px: {rounded} MiB is the least that works (memory='{rounded}MiB', --memory {rounded}MiB)."
     )
-
-
-def anonymous_bytes() -> int:
-    """Return the anonymous memory that the process holds now."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("RssAnon:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return _BASE
 
 
 def parse_bytes(text: int | str) -> int:

@@ -7,6 +7,7 @@ is counted once (``peak_bytes``) and taken to grow with the pixels, that of prep
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,15 @@ PREPARING = 24
 """Bytes a pixel that the preparation of an RGB image takes at most: 22.1 were measured at 4096 x 4096 px."""
 MARGIN = 1.1
 """On top of what is counted: an allocator's rounding, a library's scratch space, whatever else the process does."""
+
+
+def anonymous_bytes() -> int | None:
+    """Return the memory that this process holds and no file backs; None where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
 
 
 class Lack(NamedTuple):
