@@ -14,6 +14,7 @@ from PIL import Image
 
 from xcit.cli.main import main
 from xcit.inference.predictor import Prediction, Predictor
+from xcit.models.folded_copy import folded_copy
 from xcit.models.weights import save_checkpoint
 from xcit.models.xcit import XCiT
 
@@ -119,6 +120,15 @@ def test_jsonl_on_stdout_is_one_object_a_line(capsys):
 @pytest.mark.parametrize("batch_size", ["1", "2", "100"])
 def test_batches_change_nothing(capsys, batch_size):
     check_objects(json.loads(run(capsys, "photos", "--top-k", "3", "--format", "json", "--batch-size", batch_size)[1]))
+
+
+def test_folded_the_classes_are_the_same(capsys, monkeypatch):
+    from xcit.inference import stream
+
+    folded = []
+    monkeypatch.setattr(stream, "folded_copy", lambda model: folded.append(model) or folded_copy(model))
+    check_objects(json.loads(run(capsys, "photos", "--top-k", "3", "--format", "json", "--fold")[1]))
+    assert len(folded) == 1
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

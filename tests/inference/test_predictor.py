@@ -23,6 +23,7 @@ from xcit.inference.devices import choose_device
 from xcit.inference.features import FeatureExtractor
 from xcit.inference.predictor import Label, Prediction, Predictor
 from xcit.inference.stream import DECODERS
+from xcit.models.folded_models import FoldedXCiT
 from xcit.models.weights import save_checkpoint
 from xcit.models.xcit import XCiT
 
@@ -111,6 +112,16 @@ def test_a_label_is_a_tuple():
     index, name, probability = Label(2, "cat", 0.5)
     assert (index, name, probability) == (2, "cat", 0.5)
     assert Prediction(None) == Prediction(None, [], None)
+
+
+def test_a_folded_copy_says_the_same_and_leaves_the_model_alone(model, photos):
+    path = photos / "0.png"
+    folded = Predictor(model, fold=True)
+    assert isinstance(folded.model, FoldedXCiT)
+    assert isinstance(model, XCiT)
+    check(folded(path)[0], by_hand(model, Image.open(path))[1], 5)
+    with pytest.raises(ConfigError, match="folded already"):
+        Predictor(folded.model, fold=True)
 
 
 def test_logits(model, photos):

@@ -253,6 +253,8 @@ def test_another_size_needs_a_file_that_takes_it(place):
 
 def test_what_the_predictor_refuses(place):
     folder, _ = place
+    with pytest.raises(ConfigError, match=r"open\.xml is an exported file.*leave fold out"):
+        Predictor(folder / "open.xml", fold=True)
     with pytest.raises(ConfigError, match="exported files run on the CPU"):
         Predictor(folder / "fixed.onnx", device="cuda")
     with pytest.raises(ConfigError, match="no classifier"):

@@ -99,7 +99,7 @@ def _other(name: str, image_size: int) -> nn.Module:
     model = create_peer(name, num_classes=NUM_CLASSES, options=options).eval()
     for module in model.modules():
         if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0
+            module.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
     return model

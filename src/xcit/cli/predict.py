@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from xcit.cli.progress import image_progress
 from xcit.errors import ConfigError
@@ -37,6 +37,7 @@ def predict(
     ] = None,
     output: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: stdout)")] = None,
     image_size: Annotated[int | None, arg(metavar="PX", help_behavior_hint="(default: what the model expects)")] = None,
+    fold: Annotated[bool, FlagCreatePairsOff] = False,
 ) -> int:
     """Name the likeliest classes of images.
 
@@ -62,6 +63,7 @@ def predict(
         format: A table for people, the others for programs.
         output: Write to this file instead; it appears when the run ends.
         image_size: Side of the square in pixels to which images are resized and cropped.
+        fold: Run a folded copy of the model: the same classes, faster on a CPU.
     """
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}; it must be 1 or more.")
@@ -75,7 +77,7 @@ def predict(
 
     paths = find_images(images)
     with _destination(output) as file:
-        return _predict(paths, file, chosen, model, device, batch_size, top_k, image_size)
+        return _predict(paths, file, chosen, model, device, batch_size, top_k, image_size, fold)
 
 
 def _predict(
@@ -87,6 +89,7 @@ def _predict(
     batch_size: int | None,
     top_k: int,
     image_size: int | None,
+    fold: bool,
 ) -> int:
     """Predict the files and write to ``file``, or stdout if None; return the exit status."""
     import warnings
@@ -97,7 +100,7 @@ def _predict(
 
     # Pillow warns from 89 million pixels on and refuses twice as many: the refusal is what we report.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    predictor = Predictor(model, device=device, batch_size=batch_size, image_size=image_size)
+    predictor = Predictor(model, device=device, batch_size=batch_size, image_size=image_size, fold=fold)
     num_done = num_failed = 0
     with image_progress("predicting", len(paths), format, to_file=file is not None) as advance:
         # A progress bar puts itself in stdout's place, so that lines appear above it: hence not before here.

@@ -64,6 +64,7 @@ class Predictor(ImageStream):
         image_size: side in pixels (or height and width) of what the model gets, instead of what its weights expect.
             XCiT takes any size of at least one patch; far from the trained one its accuracy falls.
         preprocessing: instead of the one that ``model.pretrained_cfg`` describes.
+        fold: run a folded copy (``xcit.deploy.fold``): the same function in fewer operations, faster on a CPU.
 
     Attributes:
         model: the model.
@@ -93,14 +94,25 @@ class Predictor(ImageStream):
         batch_size: int | None = None,
         image_size: int | tuple[int, int] | None = None,
         preprocessing: Preprocessing | None = None,
+        fold: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             if is_artefact(model):
+                if fold:
+                    raise ConfigError(
+                        f"{os.fspath(model)} is an exported file, whose graph is what it was written as; fold before "
+                        f"the export (it is the export's default), and leave fold out here."
+                    )
                 model = load_exported(model, device=device, image_size=image_size)
             else:
                 _refuse_without_classes(os.fspath(model))
         super().__init__(
-            model, device=device, batch_size=batch_size, image_size=image_size, preprocessing=preprocessing
+            model,
+            device=device,
+            batch_size=batch_size,
+            image_size=image_size,
+            preprocessing=preprocessing,
+            fold=fold,
         )
         xcit = bare(self.model, or_folded=True)
         self.class_names = class_names(xcit.pretrained_cfg, xcit.num_classes)

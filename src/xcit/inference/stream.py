@@ -28,6 +28,7 @@ from xcit.errors import CheckpointError, ConfigError, DataError
 from xcit.inference.devices import choose_device, is_out_of_memory
 from xcit.inference.room import Room
 from xcit.models.factory import create_model
+from xcit.models.folded_copy import folded_copy
 from xcit.models.weights import bare
 from xcit.models.xcit import XCiT
 
@@ -63,6 +64,7 @@ class ImageStream(ABC):
         batch_size: images at once; None for as many as have the pixels of 32 images of 224.
         image_size: instead of what the weights expect.
         preprocessing: instead of the one that ``model.pretrained_cfg`` describes.
+        fold: run a folded copy of the model.
 
     Raises:
         UnknownNameError: no such model.
@@ -82,6 +84,7 @@ class ImageStream(ABC):
         batch_size: int | None,
         image_size: int | tuple[int, int] | None,
         preprocessing: Preprocessing | None,
+        fold: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
@@ -91,6 +94,8 @@ class ImageStream(ABC):
         else:
             self.device = choose_device(device)  # before a download that could turn out useless
             self.model = create_model(os.fspath(model), pretrained=True).eval().to(self.device)
+        if fold:
+            self.model = folded_copy(bare(self.model, or_folded=True))
         xcit = bare(self.model, or_folded=True)
         self._check_model(xcit)
         check_channels(xcit.config["in_chans"])
