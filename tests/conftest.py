@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +16,26 @@ from torch import nn
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_in_interpreter() -> Callable[..., None]:
+    """Run a test file's tests once more in a process in which Triton's interpreter stands in for a GPU."""
+    return _run_in_interpreter
+
+
+def _run_in_interpreter(file: str, *options: str, at_least: int = 1) -> None:
+    pytest.importorskip("triton")
+    # triton reads the variable when it is imported, and cannot compile afterwards
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, file]
+    run = subprocess.run(
+        command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= at_least, run.stdout
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xcit.errors import ConfigError, ShapeError
+from xcit.ops.kernels import Kernels
+from xcit.ops.second_moment import second_moment
+from xcit.ops.xca_core import NORM_EPS, xca_attention_core, xca_core
 from xcit.ops.xca_form import FORMS, Form, choose_form
-
-NORM_EPS = 1e-12
-"""Smallest norm that q and k are divided by, as in ``torch.nn.functional.normalize``, which the released code calls."""
 
 
 class XCAWeights(NamedTuple):
@@ -52,6 +52,7 @@ def xca(
     *,
     form: Form = "auto",
     attn_drop: float = 0.0,
+    kernels: Kernels = "plain",
 ) -> Float[Tensor, "batch tokens channels"]:
     """Cross-covariance attention, in the form that is asked for or that costs less.
 
@@ -63,18 +64,22 @@ def xca(
             "tokens"; name the other form to have it there.
         attn_drop: probability with which an entry of A is dropped and the others are scaled up; both forms drop the
             same entries for the same seed.
+        kernels: "plain", or "triton": fused kernels in the place of what is between the linear layers
+            (``xcit.ops.xca_core``), or of the second moment (``xcit.ops.second_moment``).
 
     Returns:
         Tokens of the same shape; their dtype is that of ``x``, or autocast's.
 
     Raises:
         ShapeError: x is not (B, N, C) with the weights' C, or C is not a multiple of the number of heads.
-        ConfigError: the form is unknown.
+        ConfigError: the form is unknown; or the kernels cannot honour an argument.
+        BackendError: the kernels cannot run here.
 
     Source: section 3.2, equation 2.
     """
     form = take_form(x, weights, form)
-    return (xca_covariance if form == "covariance" else xca_tokens)(x, weights, attn_drop=attn_drop)
+    of_form = xca_covariance if form == "covariance" else xca_tokens
+    return of_form(x, weights, attn_drop=attn_drop, kernels=kernels)
 
 
 def xca_attention(
@@ -98,7 +103,9 @@ def xca_attention(
     Source: section 3.2, equation 2.
     """
     if _chosen_form(x, weights, form) == "tokens":
-        return _tokens_attention(x, weights)[0]
+        C = weights.proj_weight.shape[0]
+        qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias)
+        return xca_attention_core(qkv[..., : 2 * C], weights.temperature)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
@@ -106,7 +113,11 @@ def xca_attention(
 
 
 def xca_tokens(
-    x: Float[Tensor, "batch tokens channels"], weights: XCAWeights, *, attn_drop: float = 0.0
+    x: Float[Tensor, "batch tokens channels"],
+    weights: XCAWeights,
+    *,
+    attn_drop: float = 0.0,
+    kernels: Kernels = "plain",
 ) -> Float[Tensor, "batch tokens channels"]:
     """The definition: q, k and v of every token, channel-to-channel cosines, softmax, values mixed across channels.
 
@@ -115,23 +126,17 @@ def xca_tokens(
 
     Cost: 4 N C^2 + 2 N C d multiply-adds an image forward, twice that backward; q, k, v, q̂, k̂ and y are materialised.
     """
-    attn, v = _tokens_attention(x, weights)
-    y = _dropout(attn, attn_drop).to(v.dtype) @ v  # (B, h, d, N)
-    return F.linear(y.permute(0, 3, 1, 2).flatten(2), weights.proj_weight, weights.proj_bias)
-
-
-def _tokens_attention(x: Tensor, weights: XCAWeights) -> tuple[Tensor, Tensor]:
-    """Return A (B, h, d, d) and the values (B, h, d, N)."""
-    h = weights.temperature.shape[0]
     qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias)
-    q, k, v = qkv.unflatten(-1, (3, h, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # each (B, h, d, N)
-    cosines = _l2_normalize(q) @ _l2_normalize(k).transpose(-2, -1)  # (B, h, d, d)
-    logits = _at_least_float32(cosines) * weights.temperature
-    return logits.softmax(dim=-1), v
+    y = xca_core(qkv, weights.temperature, attn_drop=attn_drop, kernels=kernels)
+    return F.linear(y, weights.proj_weight, weights.proj_bias)
 
 
 def xca_covariance(
-    x: Float[Tensor, "batch tokens channels"], weights: XCAWeights, *, attn_drop: float = 0.0
+    x: Float[Tensor, "batch tokens channels"],
+    weights: XCAWeights,
+    *,
+    attn_drop: float = 0.0,
+    kernels: Kernels = "plain",
 ) -> Float[Tensor, "batch tokens channels"]:
     """The same function from the tokens' mean and centred second moment; q, k and v never exist.
 
@@ -153,13 +158,13 @@ def xca_covariance(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            return _xca_covariance(x, weights, attn_drop)
-    return _xca_covariance(x, weights, attn_drop)
+            return _xca_covariance(x, weights, attn_drop, kernels)
+    return _xca_covariance(x, weights, attn_drop, kernels)
 
 
-def _xca_covariance(x: Tensor, weights: XCAWeights, attn_drop: float) -> Tensor:
+def _xca_covariance(x: Tensor, weights: XCAWeights, attn_drop: float, kernels: Kernels) -> Tensor:
     C, h = x.shape[2], weights.temperature.shape[0]
-    attn, xc, center = _covariance_attention(x, weights)
+    attn, xc, center = _covariance_attention(x, weights, kernels)
     wide, fine = torch.promote_types(x.dtype, torch.float32), attn.dtype
     v_offset = _offset(center.to(fine), weights.qkv_weight[2 * C :], _part(weights.qkv_bias, slice(2 * C, None)))
     attn = _dropout(attn.to(wide), attn_drop)
@@ -180,7 +185,7 @@ class _Covariance(NamedTuple):
     center: Tensor  # on which they are centred (B, C)
 
 
-def _covariance_attention(x: Tensor, weights: XCAWeights) -> _Covariance:
+def _covariance_attention(x: Tensor, weights: XCAWeights, kernels: Kernels = "plain") -> _Covariance:
     wide = torch.promote_types(x.dtype, torch.float32)  # of everything whose cost has N or C^3 in it
     fine = torch.float64 if x.device.type != "mps" else wide  # of what is small; MPS has no float64
 
@@ -189,7 +194,8 @@ def _covariance_attention(x: Tensor, weights: XCAWeights) -> _Covariance:
     mean = x.mean(dim=1, dtype=fine)  # (B, C)
     center = mean.to(x.dtype)
     xc = x - center.unsqueeze(1)
-    return _Covariance(attention_of_moments(x.shape[1], mean, second_moment(xc), weights), xc, center)
+    moment = second_moment(xc, kernels=kernels)
+    return _Covariance(attention_of_moments(x.shape[1], mean, moment, weights), xc, center)
 
 
 def attention_of_moments(
@@ -230,40 +236,6 @@ def attention_of_moments(
     return (cosines * weights.temperature).softmax(dim=-1)
 
 
-def second_moment(xc: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch channels channels"]:
-    """Sum over the tokens of their outer products, X^T X, accumulated and stored in float32 at least.
-
-    Rounding C to bfloat16 would lose what the projections cancel, and float16 would overflow near 65,000 tokens.
-
-    Returns:
-        (B, C, C), symmetric; float64 for float64 tokens, else float32.
-
-    Cost: N C^2 multiply-adds forward and (its gradient being symmetric too) N C^2 backward, where differentiating the
-    plain product would cost twice that.
-    """
-    return (_SecondMoment if torch.compiler.is_compiling() else _SecondMomentForwardAD).apply(xc)
-
-
-class _SecondMoment(torch.autograd.Function):
-    """X -> X^T X with the gradient X (G + G^T): one product with N in its cost instead of two."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _wide_bmm(x.transpose(-2, -1), x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (x.to(grads[0].dtype) @ (grads[0] + grads[0].transpose(-2, -1))).to(x.dtype)
-
-
 class _Offset(torch.autograd.Function):
     """mu W^T + b in mu's precision, saving W as it is: autograd would keep a float64 copy of it."""
 
@@ -291,14 +263,6 @@ class _Offset(torch.autograd.Function):
 # Dynamo traces no Function that defines a jvp, so what is compiled goes without forward-mode derivatives.
 
 
-class _SecondMomentForwardAD(_SecondMoment):
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        half = _wide_bmm(x.transpose(-2, -1), tangents[0])
-        return half + half.transpose(-2, -1)
-
-
 class _OffsetForwardAD(_Offset):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -314,24 +278,6 @@ class _OffsetForwardAD(_Offset):
 
 def _offset(mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (_Offset if torch.compiler.is_compiling() else _OffsetForwardAD).apply(mean, weight, bias)
-
-
-def _wide_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with float32 sums and a float32 result where the factors are bfloat16 or float16."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # no other device returns float32 from half-precision factors
-
-
-def _l2_normalize(x: Tensor) -> Tensor:
-    wide = _at_least_float32(x)
-    return (wide / wide.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)).to(x.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _dropout(attn: Tensor, p: float) -> Tensor:
