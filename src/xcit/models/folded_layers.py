@@ -19,10 +19,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from xcit.errors import ConfigError
+from xcit.models import kernel_layers
 from xcit.models.folded_inplace import can_run_in_place, carry_bias, run_in_place
 from xcit.models.folded_xca import FoldedXCA
 from xcit.models.layers import LPI, XCA, ClassAttention, ClassAttentionBlock, Mlp, PositionalEncodingFourier, XCABlock
 from xcit.models.variants import BlockWithoutLPI, XCAWithoutTemperature
+from xcit.ops.kernels import Kernels
 from xcit.ops.position import fourier_position
 from xcit.ops.xca import XCAWeights
 from xcit.ops.xca_form import Form
@@ -149,6 +151,8 @@ class FoldedLPI(nn.Module):
 class FoldedBlock(nn.Module):
     """One XCiT layer. ``block`` is an ``XCABlock``, or the variant without LPI."""
 
+    kernels: Kernels = "plain"
+
     def __init__(self, block: XCABlock | BlockWithoutLPI, form: Form, small_terms: torch.dtype) -> None:
         super().__init__()
         self.norm1 = without_affine(block.norm1)
@@ -171,6 +175,8 @@ class FoldedBlock(nn.Module):
             overwrite: whether x may be overwritten with the result, which saves memory and time where that is possible
                 (``xcit.models.folded_inplace``).
         """
+        if self.kernels == "triton":
+            return kernel_layers.run_folded_block(self, x, height, width)
         if overwrite and can_run_in_place(x):
             run_in_place(self, x, height, width)
             return x
@@ -224,6 +230,8 @@ class FoldedClassBlock(nn.Module):
     Of the patch tokens, an XCiT that reads its class token needs nothing of the last layer but their norm.
     """
 
+    kernels: Kernels = "plain"
+
     def __init__(self, block: ClassAttentionBlock) -> None:
         super().__init__()
         self.norm1 = without_affine(block.norm1)
@@ -253,6 +261,10 @@ class FoldedClassBlock(nn.Module):
         self, cls: Float[Tensor, "batch 1 channels"], patches: Float[Tensor, "batch tokens channels"]
     ) -> Float[Tensor, "batch 1 channels"]:
         """Return the class token alone."""
+        if self.kernels == "triton":
+            own = self.norm1(cls)
+            mean = kernel_layers.folded_class_mean(self, self.attn.direction(own), own, patches)
+            return self.class_token_of_mean(cls, mean)
         return self._class_token(cls, self.norm1(patches))
 
     def patch_tokens(self, patches: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:

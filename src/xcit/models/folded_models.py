@@ -29,10 +29,12 @@ from xcit.models.folded_layers import (
 )
 from xcit.models.folded_stem import embed_in_bands
 from xcit.models.folded_xca import FoldedXCA
+from xcit.models.kernel_layers import choose_kernels
 from xcit.models.layers import XCA, ClassAttentionBlock, ConvPatchEmbed, XCABlock
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.variants import BlockWithoutLPI, LinearPatchEmbed, XCAWithoutTemperature
 from xcit.models.xcit import XCiT
+from xcit.ops.kernels import Kernels
 from xcit.ops.xca_form import FORMS, Form
 
 _BLOCKS = (XCABlock, BlockWithoutLPI)
@@ -84,6 +86,15 @@ class FoldedTrunk(InferenceModule):
         for module in self.modules():
             if isinstance(module, FoldedXCA):
                 module.form = form
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Choose what runs the layers: "plain", their definitions in PyTorch, or "triton", the fused kernels for CUDA.
+
+        Raises:
+            UnknownNameError: another name.
+            ConfigError: a layer that the kernels cannot run.
+        """
+        choose_kernels(self, kernels)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Return the tokens, which are nobody else's, and the patch grid."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from xcit.errors import ConfigError, ShapeError
+from xcit.models import kernel_layers
+from xcit.ops.kernels import Kernels
 from xcit.ops.position import fourier_position
 from xcit.ops.xca import XCAWeights, xca, xca_attention
 from xcit.ops.xca_form import FORMS, Form
@@ -91,6 +93,8 @@ class PositionalEncodingFourier(nn.Module):
 class XCA(nn.Module):
     """Cross-covariance attention with its weights; the equation, in both its forms, is ``xcit.ops.xca``."""
 
+    kernels: Kernels = "plain"
+
     def __init__(
         self,
         embed_dim: int,
@@ -115,7 +119,7 @@ class XCA(nn.Module):
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         """Mix channels by their cross-covariance over the tokens."""
         attn_drop = self.attn_drop if self.training else 0.0
-        return self.proj_drop(xca(x, self._weights(), form=self.form, attn_drop=attn_drop))
+        return self.proj_drop(xca(x, self._weights(), form=self.form, attn_drop=attn_drop, kernels=self.kernels))
 
     def attention(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch heads head_dim head_dim"]:
         """How much of each value channel (last axis, which sums to one) goes into each output channel, per head."""
@@ -178,6 +182,8 @@ class XCABlock(nn.Module):
     Source: section 3.3 and figure 1 of the paper.
     """
 
+    kernels: Kernels = "plain"
+
     def __init__(
         self,
         embed_dim: int,
@@ -206,6 +212,8 @@ class XCABlock(nn.Module):
         self, x: Float[Tensor, "batch tokens channels"], height: int, width: int
     ) -> Float[Tensor, "batch tokens channels"]:
         """Transform the tokens of a (height, width) patch grid."""
+        if self.kernels == "triton":
+            return kernel_layers.run_block(self, x, height, width)
         x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
         x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), height, width))
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))

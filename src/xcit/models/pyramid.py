@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from xcit.errors import ConfigError, ShapeError
 from xcit.models.factory import create_model
+from xcit.models.kernel_layers import choose_kernels
 from xcit.models.xcit import XCiT, run_block
+from xcit.ops.kernels import Kernels
 
 STRIDES = (4, 8, 16, 32)
 
@@ -125,6 +127,15 @@ class XCiTPyramid(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: keep only the blocks' inputs and recompute the rest backward."""
         self.grad_checkpointing = enable
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Choose what runs the layers: "plain", their definitions in PyTorch, or "triton", the fused kernels for CUDA.
+
+        Raises:
+            UnknownNameError: another name.
+            ConfigError: a layer that the kernels cannot run.
+        """
+        choose_kernels(self, kernels)
 
 
 def create_pyramid(

@@ -15,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xcit.errors import ConfigError, ShapeError, UnknownNameError
+from xcit.models.kernel_layers import run_block
 from xcit.models.layers import XCA, ConvPatchEmbed, XCABlock
 from xcit.models.xcit import XCiT
+from xcit.ops.kernels import Kernels
 from xcit.ops.xca import XCAWeights
 
 VARIANTS: Mapping[str, str] = {
@@ -64,6 +66,8 @@ class BlockWithoutLPI(nn.Module):
         block: whose modules and parameters it takes over, ``norm2`` for the network included.
     """
 
+    kernels: Kernels = "plain"
+
     def __init__(self, block: XCABlock) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
@@ -74,6 +78,8 @@ class BlockWithoutLPI(nn.Module):
         self, x: Float[Tensor, "batch tokens channels"], height: int, width: int
     ) -> Float[Tensor, "batch tokens channels"]:
         """Transform the tokens; where they stand in the (height, width) grid does not matter here."""
+        if self.kernels == "triton":
+            return run_block(self, x, height, width)
         x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
 
@@ -98,6 +104,14 @@ class XCAWithoutNorm(_Adopted):
         super().__init__(attn)
         self.temperature = attn.temperature
         self._check_form()
+
+    def refuse_kernels(self) -> None:
+        """Say that there are none.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError('The variant no_qk_norm has no fused kernels; leave kernels at "plain".')
 
     def forward(self, x: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
         """Mix channels by their products over the tokens, per head y = (softmax(t * q^T k) v^T)^T."""

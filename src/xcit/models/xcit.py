@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xcit.errors import ConfigError
+from xcit.models.kernel_layers import choose_kernels
 from xcit.models.layers import NORM_EPS, XCA, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock
+from xcit.ops.kernels import Kernels
 from xcit.ops.xca_form import FORMS, Form
 
 POOLS = ("token", "avg")
@@ -344,6 +346,15 @@ class XCiT(nn.Module):
         for module in self.modules():
             if isinstance(module, XCA):
                 module.form = form
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Choose what runs the layers: "plain", their definitions in PyTorch, or "triton", the fused kernels for CUDA.
+
+        Raises:
+            UnknownNameError: another name.
+            ConfigError: a layer that the kernels cannot run.
+        """
+        choose_kernels(self, kernels)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the released training kept from weight decay by name.
