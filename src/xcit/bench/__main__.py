@@ -14,7 +14,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import tyro
 
-from xcit.bench import cases, tables
+from xcit.bench import cases, gpu_verbs, tables
 from xcit.errors import XCiTError
 
 Device = Literal["cpu", "cuda"]
@@ -328,6 +328,9 @@ def _measure(
         plan=plan,
         compiled=compiled,
     )
+
+
+gpu_verbs.register(app)
 
 
 def main() -> None:

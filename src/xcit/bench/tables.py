@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xcit.bench import ablations, deploy_tables, giant, results, self_supervision, tiling
+from xcit.bench import ablations, deploy_tables, giant, gpu_tables, results, self_supervision, tiling
 from xcit.bench.cases import (
     BACKBONE,
     LOADING_COLUMNS,
@@ -231,6 +231,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "deploy-training": deploy_tables.training_table,
     "giant": giant.table,
     "tiling": tiling.table,
+    "gpu": gpu_tables.speed_table,
+    "gpu-competitors": gpu_tables.competitors_table,
+    "gpu-floors": gpu_tables.floors_table,
+    "gpu-profile": gpu_tables.profile_table,
+    "gpu-largest": gpu_tables.largest_table,
+    "gpu-forms": gpu_tables.forms_table,
 }
 """The tables by the name that a document asks for."""
 
