@@ -113,7 +113,7 @@ def test_the_digest_follows_the_code(tmp_path, monkeypatch):
     (tmp_path / "ops").mkdir()
     (tmp_path / "models").mkdir()
     (tmp_path / "ops" / "a.py").write_text("x = 1")
-    monkeypatch.setattr("xcit.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(gpu_rows, "PACKAGE", tmp_path)
     before = gpu_rows.code_digest()
     assert before == gpu_rows.code_digest()
     (tmp_path / "ops" / "a.py").write_text("x = 2")

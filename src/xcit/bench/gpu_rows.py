@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import xcit
 from xcit.bench import results, timer
 from xcit.bench.gpu_cases import COLUMNS, PRECISIONS, GpuCase, baseline, competitor
 from xcit.bench.gpu_contenders import Running
@@ -23,6 +22,7 @@ Row = dict[str, str]
 
 PASSES = {"inference": 1, "training": 3}
 """Forward passes' worth of arithmetic: backward takes twice as much."""
+PACKAGE = Path(__file__).parents[1]
 WHAT_RUNS = ("models", "ops")
 """The rooms whose code decides what a model costs."""
 
@@ -31,7 +31,7 @@ def environment(device_type: str) -> Row:
     """Return where and with what this process measures, one value a column from ``device`` on."""
     try:
         found = results.environment(device_type)
-    except PackageNotFoundError:  # a source tree that is not installed; its version stands in it
+    except PackageNotFoundError:  # a source tree that is not installed: its code's digest tells which
         import timm
 
         found = {
@@ -41,14 +41,14 @@ def environment(device_type: str) -> Row:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "timm": timm.__version__,
-            "xcit": xcit.__version__,
+            "xcit": "source",
         }
     return found | {"triton": _triton(), "code": code_digest()}
 
 
 def code_digest() -> str:
     """Return twelve digits that change with any file of the package's equations and models."""
-    root, digest = Path(xcit.__file__).parent, hashlib.sha256()
+    root, digest = PACKAGE, hashlib.sha256()
     for room in WHAT_RUNS:
         for file in sorted((root / room).rglob("*.py")):
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())

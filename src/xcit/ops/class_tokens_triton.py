@@ -1,10 +1,11 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The kernels of ``xcit.ops.class_tokens``: an online softmax over parts of the tokens, and the parts' merger.
 
 A program holds the directions of a few heads and their weighted sums in registers, and goes through its part of one
 image's tokens. Products are float32 on the ordinary units: with eight heads there are about as many as the memory
 feeds, and the scores keep their digits.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import torch
 import triton

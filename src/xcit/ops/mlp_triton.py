@@ -1,5 +1,6 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The kernel of ``xcit.ops.mlp``: gelu and its gradient in one pass over the hidden layer."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import torch
 import triton

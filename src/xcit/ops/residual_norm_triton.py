@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The kernels of ``xcit.ops.residual_norm``: a token is a row, and a program holds a few rows in registers.
 
 Statistics are two passes over registers, not E[x^2] - E[x]^2, and centred a second time: the mean of tokens far from
@@ -7,6 +6,8 @@ zero is rounded to a float32, and what that leaves is taken off the differences.
 The gradients of gamma and of the norm's affine are sums over all tokens. Each program sums its own rows, a second
 kernel the programs': no atomics, so the same every time on one kind of device.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from typing import Any, NamedTuple
 
