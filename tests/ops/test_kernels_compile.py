@@ -1,4 +1,4 @@
-"""Every fused kernel, at the released widths, through Triton's compiler and ptxas."""
+"""Every fused kernel, at released widths, through Triton's compiler and ptxas."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {80: 163 << 10, 90: 227 << 10}
+SHARED = {90: 227 << 10}
 """Bytes of shared memory that a program may have, by compute capability (NVIDIA's programming guide)."""
 STACK = 512
 """Bytes a thread may spill. Those that do at all are backward passes in float32, which nobody trains in for speed."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", [90])
 def test_every_kernel_compiles(capability: int) -> None:
     pytest.importorskip("triton")
     script = Path(__file__).with_name("compiled_kernels.py")
