@@ -272,8 +272,9 @@ def test_the_kernel_s_definition_is_gelu_differentiated() -> None:
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernel can run here")
 def test_the_kernel_is_refused_on_a_cpu() -> None:
+    x, *weights = given((1, 2, 16))
     with pytest.raises(BackendError, match=r"CUDA|not installed"):
-        mlp(*given((1, 2, 16)), kernels="triton")
+        mlp(x.requires_grad_(), *weights, kernels="triton")
 
 
 def test_mistakes_are_named() -> None:
