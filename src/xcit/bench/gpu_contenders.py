@@ -59,6 +59,8 @@ class Running:
     """What is measured; returns logits."""
     clear: Callable[[], None]
     """Drops what a step leaves behind and the next one would free: gradients."""
+    reset: Callable[[], None]
+    """Gives the weights and the statistics back that it began with: training steps move them."""
     held_bytes: int
     """Weights, statistics, optimiser."""
     build_s: float
@@ -150,6 +152,7 @@ def start(case: GpuCase, entry: Entry, device: torch.device) -> Running:
     module = build_module(entry, case.image_size, device, drop_path=drop_path_of(case))
     make = training_step if case.mode == "training" else forward_step
     graphs_before = _graphs()
+    reset = _resetter(module) if case.mode == "training" else _nothing
     step, tensors, clear = make(module, case, entry, device)
     ran: list[str] = []
     forms: list[str] = []
@@ -175,6 +178,7 @@ def start(case: GpuCase, entry: Entry, device: torch.device) -> Running:
         module,
         step,
         clear,
+        reset,
         held_bytes=sum(t.numel() * t.element_size() for t in tensors()),
         build_s=time.perf_counter() - began,
         call_s=time.perf_counter() - last,
@@ -203,7 +207,7 @@ def forward_step(module: nn.Module, case: GpuCase, entry: Entry, device: torch.d
         with torch.inference_mode(), context():
             return call(batch)
 
-    return step, lambda: [*module.parameters(), *module.buffers()], lambda: None
+    return step, lambda: [*module.parameters(), *module.buffers()], _nothing
 
 
 def training_step(module: nn.Module, case: GpuCase, entry: Entry, device: torch.device) -> _Made:
@@ -260,8 +264,12 @@ def compiler_settings(case: GpuCase) -> Iterator[None]:
 
 
 def shared_evidence(running: Running) -> dict[str, Tensor]:
-    """Return logits and gradients of one training step from a seed, by parameter, in float32 copies."""
+    """Return logits and gradients of a first training step from a seed, by parameter, in float32 copies.
+
+    The weights and statistics are those before any step: steps go a way of their own from each rounding.
+    """
     running.clear()
+    running.reset()
     torch.manual_seed(SEED)
     logits = running.step()
     found = {"output": logits.float().clone()}
@@ -286,8 +294,7 @@ def checked_evidence(
     module = build_module(entry, case.image_size, device, drop_path=0.0)
     eager = replace(entry, run="eager")
     step, _, clear = training_step(module, small, eager, device)
-    found = shared_evidence(Running(eager, module, step, clear, 0, 0.0))
-    return found
+    return shared_evidence(Running(eager, module, step, clear, _nothing, held_bytes=0, build_s=0.0))
 
 
 def true_logits(entry: Entry, case: GpuCase, device: torch.device, *, chunk: int = 32) -> Tensor:
@@ -319,6 +326,20 @@ def multiply_adds(entry: Entry, case: GpuCase, device: torch.device) -> int:
     # attention as one product after the other: not every fused kernel of it is known to the counter
     with sdpa_kernel(SDPBackend.MATH):
         return count_multiply_adds(module, shape, like) // case.batch_size
+
+
+def _nothing() -> None:
+    pass
+
+
+def _resetter(module: nn.Module) -> Callable[[], None]:
+    """Return a call that gives a module its present weights and statistics back; they are kept on the host."""
+    began = {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+
+    def reset() -> None:
+        module.load_state_dict(began)
+
+    return reset
 
 
 def _peer(name: str, image_size: int, options: dict[str, Any]) -> nn.Module:
