@@ -8,8 +8,8 @@ from torch import nn
 
 from xcit.bench.memory import peak_mib
 from xcit.deploy.fold import fold
-from xcit.models import folded_inplace
-from xcit.models.folded_layers import FoldedBlock
+from xcit.models import folded_inplace, folded_stem
+from xcit.models.folded_layers import FoldedBlock, FoldedClassBlock
 from xcit.models.pyramid import XCiTPyramid
 from xcit.models.variants import BlockWithoutLPI
 from xcit.models.xcit import XCiT
@@ -110,6 +110,38 @@ def test_a_pyramids_levels_are_of_their_layers(patch_size: int, randomize, monke
     with torch.no_grad():
         for found, expected in zip(folded(images), pyramid(images), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens_norm", [False, True])
+@pytest.mark.parametrize("band", BANDS)
+def test_class_attention_in_bands_of_every_size(
+    band: int, tokens_norm: bool, randomize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomize(XCiT(**TINY, tokens_norm=tokens_norm)).double().eval()
+    block, plain = FoldedClassBlock(model.cls_attn_blocks[0]), model.cls_attn_blocks[0]
+    cls, x = torch.randn(3, 1, 32, dtype=torch.float64), torch.randn(3, 13, 32, dtype=torch.float64)
+    expected = plain(torch.cat((cls, 5 * x), dim=1)).split((1, 13), dim=1)
+    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", band)
+    given = 5 * x  # scores far apart
+    alone = block.class_token(cls, given)
+    assert torch.equal(given, 5 * x)
+    patches = block.patch_tokens(given.clone(), overwrite=True)
+    found = block(cls, given, overwrite=True)
+    assert found[1].data_ptr() == given.data_ptr()
+    for one, other in ((found[0], expected[0]), (alone, expected[0]), (found[1], expected[1]), (patches, expected[1])):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens_norm": False}, {"variant": "avg_pool"}], ids=str)
+def test_a_whole_model_takes_little_more_than_its_tokens(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", 512)
+    monkeypatch.setattr(folded_stem, "BAND_BYTES", 2**20)
+    folded = fold(XCiT(**TINY | {"embed_dim": 128} | options).eval()).model
+    x = torch.randn(1, 3, 1024, 1536)
+    tokens_mib = 128 * 192 * 128 * 4 / 2**20
+    with torch.inference_mode():
+        peak = peak_mib(lambda: folded(x), "cpu")
+    assert peak < (2.5 if options.get("variant") else 1.5) * tokens_mib  # pooling norms them all at once
 
 
 def test_the_hidden_layer_never_exists_as_a_whole() -> None:

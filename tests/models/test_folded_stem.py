@@ -28,7 +28,7 @@ def test_bands_of_every_height_give_the_same(
         expected = model._embed(x)[0]
         monkeypatch.setattr(folded_stem, "LARGE", 0)
         monkeypatch.setattr(folded_stem, "BAND_BYTES", tokens * (patch_size // 2) ** 2 * 8 * 8)
-        monkeypatch.setattr(folded_stem, "BANDS", 10**9)
+        monkeypatch.setattr(folded_stem, "LEAST_ROWS", 1)
         found, Hp, Wp = folded._embed(x)
     assert (Hp, Wp) == tuple(-(-side // patch_size) for side in size)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -50,4 +50,4 @@ def test_the_first_maps_never_exist_as_a_whole(patch_size: int, monkeypatch: pyt
         banded = peak_mib(lambda: folded._embed(x), "cpu")
         monkeypatch.setattr(folded_stem, "LARGE", 10**9)
         whole = peak_mib(lambda: folded._embed(x), "cpu")
-    assert banded < 0.6 * whole
+    assert banded < 0.45 * whole

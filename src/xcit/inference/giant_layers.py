@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xcit.inference.giant_tokens import TokenGrid
 from xcit.models.folded_inplace import HALO, carry_bias, local_output, mlp_
 from xcit.models.folded_layers import FoldedBlock, FoldedClassBlock
+from xcit.ops.class_tokens import Softmax, merge_softmax, softmax_of
 from xcit.ops.xca_moments import Moments, channel_map, merge_moments, moments_of
 
 NORM_TOKENS = 8192
@@ -113,41 +114,6 @@ def run_layer(
             first, seen = max(first, bottom - HALO), behind
 
 
-class Softmax(NamedTuple):
-    """A class token's attention over some tokens, such that that over more can be added."""
-
-    top: Tensor
-    """(H,): the highest score."""
-    total: Tensor
-    """(H,): the sum of exp(score - top)."""
-    weighted: Tensor
-    """(H, C): the sum of exp(score - top) times the normed token."""
-
-
-def softmax_of(direction: Tensor, normed: Tensor) -> Softmax:
-    """Return the attention over normed tokens.
-
-    Args:
-        direction: (H, C), what scores are products with.
-        normed: (n, C).
-
-    Returns:
-        In float64.
-    """
-    scores = (direction @ normed.t()).double()  # (H, n)
-    top = scores.amax(dim=1)
-    shares = (scores - top.unsqueeze(1)).exp()
-    return Softmax(top, shares.sum(dim=1), (shares.to(normed.dtype) @ normed).double())
-
-
-def merge_softmax(a: Softmax, b: Softmax) -> Softmax:
-    """Return the attention over the tokens of both."""
-    top = torch.maximum(a.top, b.top)
-    of_a, of_b = (a.top - top).exp(), (b.top - top).exp()
-    weighted = a.weighted * of_a.unsqueeze(1) + b.weighted * of_b.unsqueeze(1)
-    return Softmax(top, a.total * of_a + b.total * of_b, weighted)
-
-
 class ClassAttending(NamedTuple):
     """What one class-attention layer did."""
 
@@ -201,6 +167,6 @@ def attend(
         assert found is not None
         patches, itself = merge(found), softmax_of(direction, own[0])
         both = merge_softmax(itself, patches)
-        mean = (both.weighted / both.total.unsqueeze(1)).to(cls.dtype)
+        mean = both.mean().to(cls.dtype)
         share = (itself.top - both.top).exp() * itself.total / both.total
         return ClassAttending(block.class_token_of_mean(cls, mean.unsqueeze(0)), direction, patches, share)

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xcit.errors import ConfigError
-from xcit.inference.giant_layers import Halo, Softmax, merge_softmax
+from xcit.inference.giant_layers import Halo
 from xcit.inference.giant_stream import MakeGrid
 from xcit.inference.giant_tokens import TokenGrid
 from xcit.models.folded_inplace import HALO
+from xcit.ops.class_tokens import Softmax, merge_softmax
 from xcit.ops.xca_moments import Moments
 
 

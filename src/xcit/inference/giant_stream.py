@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xcit.errors import CheckpointError
-from xcit.inference.giant_layers import ClassAttending, Halo, MomentSum, Softmax, attend, bands, patch_tokens, run_layer
+from xcit.inference.giant_layers import ClassAttending, Halo, MomentSum, attend, bands, patch_tokens, run_layer
 from xcit.inference.giant_plan import Plan
 from xcit.inference.giant_stem import token_rows
 from xcit.inference.giant_tokens import TokenGrid, TokensInMemory
@@ -21,6 +21,7 @@ from xcit.inference.giant_work import Done, WorkFolder
 from xcit.models.folded_layers import FoldedBlock, FoldedClassBlock
 from xcit.models.folded_models import FoldedPyramid, FoldedTrunk, FoldedXCiT
 from xcit.models.row_maps import RowMap
+from xcit.ops.class_tokens import Softmax
 from xcit.ops.xca_moments import Moments
 
 Progress = Callable[[str, float], None]

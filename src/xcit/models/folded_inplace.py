@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xcit.ops.class_tokens import merge_softmax, softmax_of
 from xcit.ops.xca import XCAWeights, take_form, xca_tokens
 from xcit.ops.xca_moments import channel_map, merge_moments, moments_of
 
 if TYPE_CHECKING:
-    from xcit.models.folded_layers import FoldedBlock, FoldedLPI
+    from xcit.models.folded_layers import FoldedBlock, FoldedClassBlock, FoldedLPI
     from xcit.models.folded_xca import FoldedXCA
 
 BAND_TOKENS = 4096
@@ -35,8 +36,6 @@ MLP_TOKENS = 2048
 """Taken at once by the feed-forward network: enough for matrix products at their full speed."""
 HALO = 2
 """Rows beyond its own that LPI's two 3 x 3 convolutions see."""
-KEPT_BANDS = 4
-"""Bands of normed tokens that are kept from XCA's first pass to its second. More are made anew."""
 
 
 def carry_bias(weight: Tensor, bias: Tensor) -> Tensor:
@@ -69,6 +68,45 @@ def run_in_place(block: FoldedBlock, x: Tensor, height: int, width: int) -> None
         _local_and_mlp(block, images, height, width)
 
 
+def attend_in_place(block: FoldedClassBlock, cls: Tensor, x: Tensor, *, overwrite: bool) -> Tensor:
+    """Return the class token (B, 1, C) after a layer of class attention over tokens (B, N, C).
+
+    Args:
+        block: the layer.
+        cls: the class token before it.
+        x: the patch tokens.
+        overwrite: put the patch tokens after the layer in their place.
+    """
+    step = max(1, BAND_TOKENS // x.shape[1])  # images at once, as above
+    return torch.cat(
+        [_attend_class(block, *both, overwrite) for both in zip(cls.split(step), x.split(step), strict=True)]
+    )
+
+
+def overwrite_patches(block: FoldedClassBlock, x: Tensor) -> None:
+    """Put patch tokens (B, N, C) after a layer of class attention in their place."""
+    for tokens in x.view(-1, x.shape[2]).split(BAND_TOKENS):
+        block.overwrite(tokens, block.norm1(tokens))
+
+
+def _attend_class(block: FoldedClassBlock, cls: Tensor, x: Tensor, overwrite: bool) -> Tensor:
+    if x.shape[1] <= BAND_TOKENS:
+        normed = block.norm1(x)
+        after = block.class_token_of_normed(cls, normed)
+        if overwrite:
+            block.overwrite(x, normed)
+        return after
+    own = block.norm1(cls)
+    direction = block.attn.direction(own)
+    found = softmax_of(direction, own)
+    for band in x.split(BAND_TOKENS, dim=1):
+        normed = block.norm1(band)
+        found = merge_softmax(found, softmax_of(direction, normed))
+        if overwrite:
+            block.overwrite(band, normed)
+    return block.class_token_of_mean(cls, found.mean().to(x.dtype))
+
+
 class OverwritingGELU(nn.GELU):
     """GELU of what nobody else reads: in its input's place where no gradient is kept, and nothing records a graph."""
 
@@ -91,23 +129,23 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
         x.add_(xca_tokens(norm(x), weights))
         return
     bands = x.split(BAND_TOKENS, dim=1)
-    kept: list[Tensor] = []
+    kept: Tensor | None = None  # from XCA's first pass to its second; of many bands, norms are made anew
     moments = None
     added = _added(x)
     for band in bands:
         normed = _normed(norm, band, added)
         found = moments_of(normed, torch.promote_types(x.dtype, torch.float32) if len(bands) == 1 else torch.float64)
         moments = found if moments is None else merge_moments(moments, found)
-        if len(bands) <= KEPT_BANDS:
-            kept.append(normed)
+        if len(bands) == 1:
+            kept = normed
     assert moments is not None
     if added is not None:
         moments = moments._replace(mean=moments.mean - 1)
     weight, bias = channel_map(moments, weights, small_terms=attn.small_terms)
     if added is not None:
         weight = carry_bias(weight, bias)
-    for i, band in enumerate(bands):
-        normed = kept[i] if kept else _normed(norm, band, added)
+    for band in bands:
+        normed = _normed(norm, band, added) if kept is None else kept
         # not baddbmm_, which torch's counter of operations does not know
         torch.baddbmm(band, normed, weight.transpose(1, 2), out=band)
         if added is None:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from xcit.errors import ConfigError
 from xcit.models import kernel_layers
-from xcit.models.folded_inplace import can_run_in_place, carry_bias, run_in_place
+from xcit.models.folded_inplace import attend_in_place, can_run_in_place, carry_bias, overwrite_patches, run_in_place
 from xcit.models.folded_xca import FoldedXCA
 from xcit.models.layers import LPI, XCA, ClassAttention, ClassAttentionBlock, Mlp, PositionalEncodingFourier, XCABlock
 from xcit.models.variants import BlockWithoutLPI, XCAWithoutTemperature
@@ -251,11 +251,17 @@ class FoldedClassBlock(nn.Module):
         self.patch_scale, self.patch_shift = _rounded(gamma * scale, like), _rounded(gamma * shift, like)
 
     def forward(
-        self, cls: Float[Tensor, "batch 1 channels"], patches: Float[Tensor, "batch tokens channels"]
+        self,
+        cls: Float[Tensor, "batch 1 channels"],
+        patches: Float[Tensor, "batch tokens channels"],
+        *,
+        overwrite: bool = False,
     ) -> tuple[Float[Tensor, "batch 1 channels"], Float[Tensor, "batch tokens channels"]]:
-        """Return the class token and the patch tokens after the layer."""
+        """Return the class token and the patch tokens after the layer; the latter may be in the old ones' place."""
+        if overwrite and can_run_in_place(patches):
+            return attend_in_place(self, cls, patches, overwrite=True), patches
         normed = self.norm1(patches)
-        return self._class_token(cls, normed), self._patches(patches, normed)
+        return self.class_token_of_normed(cls, normed), self._patches(patches, normed)
 
     def class_token(
         self, cls: Float[Tensor, "batch 1 channels"], patches: Float[Tensor, "batch tokens channels"]
@@ -265,11 +271,26 @@ class FoldedClassBlock(nn.Module):
             own = self.norm1(cls)
             mean = kernel_layers.folded_class_mean(self, self.attn.direction(own), own, patches)
             return self.class_token_of_mean(cls, mean)
-        return self._class_token(cls, self.norm1(patches))
+        if can_run_in_place(patches):
+            return attend_in_place(self, cls, patches, overwrite=False)
+        return self.class_token_of_normed(cls, self.norm1(patches))
 
-    def patch_tokens(self, patches: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
-        """Return the patch tokens alone, to which class attention contributes nothing."""
+    def patch_tokens(
+        self, patches: Float[Tensor, "batch tokens channels"], *, overwrite: bool = False
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Return the patch tokens alone, to which class attention contributes nothing; ``overwrite`` as forward's."""
+        if overwrite and can_run_in_place(patches):
+            overwrite_patches(self, patches)
+            return patches
         return self._patches(patches, self.norm1(patches))
+
+    def overwrite(self, patches: Tensor, normed: Tensor) -> None:
+        """Put patch tokens (..., C) after the layer in their place, given what they are after its first norm."""
+        if not self.tokens_norm:
+            patches.mul_(2)
+        patches.add_(self.patch_shift).addcmul_(normed, self.patch_scale)
+        if self.tokens_norm:
+            patches.copy_(F.layer_norm(patches, patches.shape[-1:], self.patch_scale2, self.patch_shift2, self.eps))
 
     def class_token_of_mean(
         self, cls: Float[Tensor, "batch 1 channels"], mean: Float[Tensor, "batch heads channels"]
@@ -277,7 +298,10 @@ class FoldedClassBlock(nn.Module):
         """Return the class token alone, of the mean of ``FoldedClassAttention.of_mean``."""
         return self._after_attention(cls + self.attn.of_mean(mean))
 
-    def _class_token(self, cls: Tensor, normed: Tensor) -> Tensor:
+    def class_token_of_normed(
+        self, cls: Float[Tensor, "batch 1 channels"], normed: Float[Tensor, "batch tokens channels"]
+    ) -> Float[Tensor, "batch 1 channels"]:
+        """Return the class token alone, of the patch tokens after the layer's first norm."""
         return self._after_attention(cls + self.attn(self.norm1(cls), normed))
 
     def _after_attention(self, cls: Tensor) -> Tensor:

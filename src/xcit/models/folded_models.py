@@ -173,7 +173,7 @@ class FoldedXCiT(FoldedTrunk):
         if self.cls_token is not None:
             cls = self.cls_token.expand(x.shape[0], -1, -1)
             for block in self.cls_attn_blocks:
-                cls, x = block(cls, x)
+                cls, x = block(cls, x, overwrite=True)
             x = torch.cat((cls, x), dim=1)
         return self.whole_final_norm(x)
 
@@ -188,13 +188,13 @@ class FoldedXCiT(FoldedTrunk):
         x = self._tokens(x)
         if self.global_pool == "avg":  # which sees patch tokens alone
             for block in self.cls_attn_blocks:
-                x = block.patch_tokens(x)  # type: ignore[operator]
+                x = block.patch_tokens(x, overwrite=True)  # type: ignore[operator]
             return self.final_norm(x).mean(dim=1)
         assert self.cls_token is not None
         cls = self.cls_token.expand(x.shape[0], -1, -1)
         *earlier, last = list(self.cls_attn_blocks)
         for block in earlier:
-            cls, x = block(cls, x)
+            cls, x = block(cls, x, overwrite=True)
         return self.final_norm(last.class_token(cls, x))[:, 0]  # type: ignore[operator]
 
     def final_norm(self, x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from xcit.models.variants import LinearPatchEmbed
 LARGE = 640 * 640
 """Pixels of an image from which on the stem's maps count in memory."""
 BAND_BYTES = 12 << 20
-"""Of the first map, made at once by ``embed_in_bands``, at least: less would cost time (rows that bands share)."""
-BANDS = 8
-"""Of large images: with so many the stem takes less memory than the layers."""
+"""Of the first map, made at once by ``embed_in_bands``: less would cost time (rows that bands share)."""
+LEAST_ROWS = 4
+"""Of tokens, in a band of many or wide images, whose rows are larger: fewer would share too many."""
 
 
 def stem_rows(stem: nn.Module, image: RowMap) -> RowMap:
@@ -60,8 +60,8 @@ def embed_in_bands(
     num_tokens = x.shape[0] * height * width
     first = next(layer for layer in stem.proj if isinstance(layer, nn.Conv2d))
     token_bytes = (stem.patch_size // 2) ** 2 * first.out_channels * x.element_size()  # of the first map
-    band = max(BAND_BYTES // token_bytes, num_tokens // BANDS) * height // num_tokens
-    if not 0 < band < height:
+    band = max(LEAST_ROWS, BAND_BYTES // token_bytes * height // num_tokens)
+    if band >= height:
         return None
     parts = None if position is None else position(height, width)
     tokens: Tensor | None = None
@@ -98,8 +98,10 @@ def _band(stem: ConvPatchEmbed, x: Tensor, begin: int, end: int) -> Tensor:
             continue
         wanted = spans.pop()
         above, below = int(wanted[0] == 0), int(2 * wanted[1] > heights[at])
-        if above or below:
+        if below:  # seldom: the map's height is odd
             y = F.pad(y, (0, 0, above, below))
-        y = F.conv2d(y, layer.weight, layer.bias, layer.stride, (0, 1))
+            above = 0
+        # zeros above make zeros below: of an even number of rows, the stride passes over them
+        y = F.conv2d(y, layer.weight, layer.bias, layer.stride, (above, 1))
         at += 1
     return y

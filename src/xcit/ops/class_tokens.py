@@ -1,5 +1,7 @@
 """The part of class attention that passes over the patch tokens, in one pass and without keys or values.
 
+``class_attention_core`` is given all tokens at once; a ``Softmax`` takes them band after band.
+
 With one query a head, scores are products of the normed tokens n_i with one direction a head, and what the values give
 is a map of the tokens' weighted mean (``xcit.models.folded_layers.FoldedClassAttention`` derives it):
 
@@ -10,6 +12,8 @@ Legend: B batch, N patch tokens, C channels, h heads.
 
 Source: Touvron et al. 2021, "Going deeper with image transformers"; section 3.3 of the paper.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -80,6 +84,44 @@ def class_attention_core_plain(
     with torch.autocast(tokens.device.type, enabled=False):
         attn = (direction.to(wide) @ both.transpose(1, 2)).softmax(dim=-1)
         return attn @ both
+
+
+class Softmax(NamedTuple):
+    """Class attention over some tokens, such that that over more can be added."""
+
+    top: Tensor
+    """(..., h): the highest score."""
+    total: Tensor
+    """(..., h): the sum of exp(score - top)."""
+    weighted: Tensor
+    """(..., h, C): the sum of exp(score - top) times the normed token."""
+
+    def mean(self) -> Tensor:
+        """Return the tokens' mean as each head weighs them, (..., h, C)."""
+        return self.weighted / self.total.unsqueeze(-1)
+
+
+def softmax_of(
+    direction: Float[Tensor, "*batch heads channels"], normed: Float[Tensor, "*batch tokens channels"]
+) -> Softmax:
+    """Return the attention over normed tokens, in float64.
+
+    Args:
+        direction: what a head's scores are products with.
+        normed: the tokens.
+    """
+    scores = (direction @ normed.mT).double()  # (..., h, N)
+    top = scores.amax(dim=-1)
+    shares = (scores - top.unsqueeze(-1)).exp()
+    return Softmax(top, shares.sum(dim=-1), (shares.to(normed.dtype) @ normed).double())
+
+
+def merge_softmax(a: Softmax, b: Softmax) -> Softmax:
+    """Return the attention over the tokens of both."""
+    top = torch.maximum(a.top, b.top)
+    of_a, of_b = (a.top - top).exp(), (b.top - top).exp()
+    weighted = a.weighted * of_a.unsqueeze(-1) + b.weighted * of_b.unsqueeze(-1)
+    return Softmax(top, a.total * of_a + b.total * of_b, weighted)
 
 
 def _check(direction: Tensor, tokens: Tensor, own: Tensor, statistics: Tensor | None, kernels: str) -> None:
