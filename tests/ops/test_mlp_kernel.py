@@ -11,7 +11,6 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from xcit.models.layers import Mlp
 from xcit.ops.kernels import observe_kernels
 from xcit.ops.mlp import gelu_backward_plain, mlp
 
+pytestmark = pytest.mark.usefixtures("round_to_nearest")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ALL_SIZES = list(product((1, 3, 65), (1, 2, 49, 197), (32, 48, 128, 192, 384, 768)))
@@ -47,24 +47,6 @@ def cases() -> list[Any]:
         if INTERPRETED and (size, dtype) in FEW:
             found.append(("cpu", size, dtype))
     return found
-
-
-@pytest.fixture(autouse=True)
-def _nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter round float32 to the nearest bfloat16, as a GPU does; it cuts digits off."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    inherited = interpreter._convert_float
-
-    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return inherited(data, source, target, mode)
-        rounded = torch.from_numpy(np.array(data, dtype=np.float32)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def given(size: tuple[int, int, int], dtype: torch.dtype = F32, device: str = "cpu", hidden: int = 4) -> list[Tensor]:

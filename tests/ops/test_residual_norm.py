@@ -12,7 +12,6 @@ from itertools import product
 from math import prod
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from xcit.errors import BackendError, ConfigError, ShapeError
 from xcit.ops.kernels import observe_kernels
 from xcit.ops.residual_norm import residual_norm
 
+pytestmark = pytest.mark.usefixtures("round_to_nearest")
 EPS = 1e-6
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -58,26 +58,15 @@ def cases() -> list[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter round to the nearest bfloat16, as a GPU does (it cuts digits off), and take many rows."""
+def _many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program take many rows: in the interpreter it costs the same whatever their number."""
     if not INTERPRETED:
         return
-    from triton.runtime import interpreter
-
     from xcit.ops import residual_norm_triton as kernel
 
     for table in (kernel.FORWARD_TILES, kernel.BACKWARD_TILES):
         for block in table:
             monkeypatch.setitem(table, block, kernel.Tile(32, 4))
-    inherited = interpreter._convert_float
-
-    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return inherited(data, source, target, mode)
-        rounded = torch.from_numpy(np.array(data, dtype=np.float32)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def given(

@@ -17,6 +17,7 @@ from xcit.ops.kernels import observe_kernels
 from xcit.ops.xca import XCAWeights, xca_tokens
 from xcit.ops.xca_core import xca_attention_core, xca_core
 
+pytestmark = pytest.mark.usefixtures("patch_once_a_launch")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
@@ -39,29 +40,6 @@ LARGE_CASES = [
     ((49, 96, 4, 33, 10), torch.bfloat16),
     ((577, 128, 4, 3, 0), torch.float32),
 ]
-
-
-@pytest.fixture(autouse=INTERPRETED, scope="module")
-def _patch_once_a_launch():
-    """The interpreter patches triton.language anew for every helper that a kernel calls: most of its time."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):  # other versions of Triton do it otherwise
-        yield
-        return
-
-    original = interpreter._patch_lang
-
-    def patch_all(function):
-        scope = original(function)
-        scope._changes += original(tl.sum.fn)._changes  # triton.language.core, which the helpers in it refer to
-        return scope
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_all)
-        patch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
-        yield
 
 
 @pytest.mark.timeout(900)  # on a busy machine
