@@ -54,3 +54,25 @@ def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a kernel reads before anything wrote it be plus and minus infinity, not whatever lies there."""
+    if not INTERPRETED:
+        return
+
+    signs = np.random.default_rng(0)
+
+    def poisoned(allocate: Any) -> Any:
+        def allocated(*args: Any, **options: Any) -> torch.Tensor:
+            made: torch.Tensor = allocate(*args, **options)
+            if not torch.compiler.is_compiling() and type(made) is torch.Tensor and made.is_floating_point():
+                # in no order, so that any sum over them has both
+                made.copy_(torch.from_numpy(signs.choice([np.inf, -np.inf], tuple(made.shape))))
+            return made
+
+        return allocated
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -224,22 +224,27 @@ def _sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """Add up what the programs left: (programs, 3, C) to three vectors, of which some may not be wanted."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1)
+    if part == 0:
+        if gamma_ptr is not None:
+            _sum_part(partial_ptr, gamma_ptr, part, programs, C, ROWS, BLOCK)
+    elif part == 1:
+        if weight_ptr is not None:
+            _sum_part(partial_ptr, weight_ptr, part, programs, C, ROWS, BLOCK)
+    elif bias_ptr is not None:
+        _sum_part(partial_ptr, bias_ptr, part, programs, C, ROWS, BLOCK)
+
+
+@triton.jit
+def _sum_part(partial_ptr, out_ptr, part, programs, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # only of parts that are wanted: the memory of the others was never written
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for first in range(0, programs, ROWS):
         program = first + tl.arange(0, ROWS)
         mask = (program < programs)[:, None] & (column < C)[None, :]
         total += tl.load(partial_ptr + (program * 3 + part)[:, None] * C + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(total, axis=0)
-    if part == 0:
-        if gamma_ptr is not None:
-            tl.store(gamma_ptr + column, result.to(gamma_ptr.dtype.element_ty), mask=column < C)
-    elif part == 1:
-        if weight_ptr is not None:
-            tl.store(weight_ptr + column, result.to(weight_ptr.dtype.element_ty), mask=column < C)
-    elif bias_ptr is not None:
-        tl.store(bias_ptr + column, result.to(bias_ptr.dtype.element_ty), mask=column < C)
+    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < C)
 
 
 @torch.library.custom_op("xcit::residual_norm", mutates_args=())
