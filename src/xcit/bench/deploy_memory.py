@@ -4,6 +4,8 @@ On a CPU it is the resident set, from Linux' high-water mark, which is set back 
 process holds by then is not counted: weights, the runtime's copies of them, code. A runtime that reserves memory when
 it loads a file has it not counted; one that does so at its first call, and keeps it, has it counted. PyTorch is called
 once before, so that neither the compiler's memory nor what is set up once is counted, and gives back what it can.
+glibc is kept from raising the size from which on freed memory goes back at once: what it kept for later would be
+counted as well, by chance, up to half of a small peak.
 On CUDA it is the peak of torch's allocator.
 
 ``python -m xcit.bench.deploy_memory JSON`` is the child; its last line is the answer.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +29,8 @@ from xcit.errors import BackendError
 
 MIB = 2**20
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+GIVE_BACK_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""glibc's own starting value, which it leaves alone if told."""
 
 
 class Peak(NamedTuple):
@@ -59,7 +64,8 @@ def measure_apart(request: Request) -> Peak | None:
         BackendError: the child failed, with its last words.
     """
     command = [sys.executable, "-m", "xcit.bench.deploy_memory", json.dumps(asdict(request))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | GIVE_BACK_AT_ONCE
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode in (-9, 137):
         return None
     lines = done.stdout.strip().splitlines()

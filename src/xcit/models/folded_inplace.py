@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BAND_TOKENS = 4096
 """Of a band: so many that LPI's halo costs little."""
-MLP_TOKENS = 2048
+MLP_TOKENS = 1024
 """Taken at once by the feed-forward network: enough for matrix products at their full speed."""
 HALO = 2
 """Rows beyond its own that LPI's two 3 x 3 convolutions see."""
@@ -165,27 +165,30 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
     """Add LPI's output, then the feed-forward network's."""
     grid = x.unflatten(1, (height, width))
     rows = height if x.shape[1] <= BAND_TOKENS else max(1, BAND_TOKENS // width)  # of more rows there is one image
-    above = grid[:, :0]
+    above = grid[:, :0]  # the rows before the band, as they were
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         band = grid[:, top:bottom]
         if block.local_mp is not None:
-            seen = grid[:, top : bottom + HALO]
-            if above.shape[1]:
-                seen = torch.cat((above, seen), dim=1)
+            below = grid[:, top : bottom + HALO]
             first = above.shape[1]
-            if bottom < height:  # before the band is overwritten; a band of one row keeps the one above it as well
-                above = seen[:, max(0, first + bottom - top - HALO) : first + bottom - top].clone()
-            band.add_(local_output(block.local_mp, seen)[:, first : first + bottom - top])
+            kept = torch.cat((above, band[:, -HALO:]), dim=1)[:, -HALO:] if bottom < height else None
+            added = local_output(block.local_mp, torch.cat((above, below), dim=1) if first else below)
+            band.add_(added[:, first : first + bottom - top])
+            del added  # as large as the band: not beside the hidden layer
+            above = above if kept is None else kept
         mlp_(block.mlp, block.norm2, band.view(-1, x.shape[2]))
 
 
 def local_output(lpi: FoldedLPI, seen: Tensor) -> Tensor:
-    """Return LPI's output (B, rows, width, C) for rows around which there is nothing but zeros."""
-    y = F.layer_norm(seen, seen.shape[-1:], None, lpi.conv1.shift, lpi.norm.eps)
-    y = gelu_(lpi.act, lpi.conv1.of_shifted(y.permute(0, 3, 1, 2)))
-    y = lpi.conv2.of_shifted(y.add_(lpi.conv2.shift.view(-1, 1, 1)))
-    return y.permute(0, 2, 3, 1)
+    """Return LPI's output (B, rows, width, C) for rows around which there is nothing but zeros.
+
+    ``seen`` is let go before the convolutions: it takes no memory beside them unless somebody else holds it.
+    """
+    seen = F.layer_norm(seen, seen.shape[-1:], None, lpi.conv1.shift, lpi.norm.eps)
+    seen = gelu_(lpi.act, lpi.conv1.of_shifted(seen.permute(0, 3, 1, 2)))
+    seen = lpi.conv2.of_shifted(seen.add_(lpi.conv2.shift.view(-1, 1, 1)))
+    return seen.permute(0, 2, 3, 1)
 
 
 def mlp_(mlp: nn.Sequential, norm: nn.LayerNorm, x: Tensor) -> None:

@@ -15,9 +15,9 @@ from xcit.models.layers import ConvPatchEmbed
 from xcit.models.row_maps import Convolved, RowMap
 from xcit.models.variants import LinearPatchEmbed
 
-LARGE = 640 * 640
+LARGE = 512 * 512
 """Pixels of an image from which on the stem's maps count in memory."""
-BAND_BYTES = 12 << 20
+BAND_BYTES = 10 << 20
 """Of the first map, made at once by ``embed_in_bands``: less would cost time (rows that bands share)."""
 LEAST_ROWS = 4
 """Of tokens, in a band of many or wide images, whose rows are larger: fewer would share too many."""
