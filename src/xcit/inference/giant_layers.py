@@ -43,7 +43,7 @@ class MomentSum:
     def add(self, rows: Tensor) -> None:
         """Add tokens (n, w, C)."""
         for tokens in rows.view(1, -1, rows.shape[-1]).split(NORM_TOKENS, dim=1):
-            found = moments_of(self._norm(tokens))
+            found = moments_of(self._norm(tokens), overwrite=True)
             self.moments = found if self.moments is None else merge_moments(self.moments, found)
 
 

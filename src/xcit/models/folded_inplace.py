@@ -134,10 +134,13 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
     added = _added(x)
     for band in bands:
         normed = _normed(norm, band, added)
-        found = moments_of(normed, torch.promote_types(x.dtype, torch.float32) if len(bands) == 1 else torch.float64)
-        moments = found if moments is None else merge_moments(moments, found)
         if len(bands) == 1:
             kept = normed
+            moments = moments_of(normed, torch.promote_types(x.dtype, torch.float32))
+            continue
+        found = moments_of(normed, overwrite=True)
+        del normed  # not beside the next band's
+        moments = found if moments is None else merge_moments(moments, found)
     assert moments is not None
     if added is not None:
         moments = moments._replace(mean=moments.mean - 1)
@@ -148,6 +151,7 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
         normed = _normed(norm, band, added) if kept is None else kept
         # not baddbmm_, which torch's counter of operations does not know
         torch.baddbmm(band, normed, weight.transpose(1, 2), out=band)
+        del normed
         if added is None:
             band.add_(bias.unsqueeze(1))
 
@@ -164,7 +168,10 @@ def _normed(norm: nn.LayerNorm, x: Tensor, added: Tensor | None) -> Tensor:
 def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> None:
     """Add LPI's output, then the feed-forward network's."""
     grid = x.unflatten(1, (height, width))
-    rows = height if x.shape[1] <= BAND_TOKENS else max(1, BAND_TOKENS // width)  # of more rows there is one image
+    rows = height
+    if x.shape[1] > BAND_TOKENS:  # of one image
+        rows = BAND_TOKENS // width
+        rows = max(1, rows - min(2 * HALO, rows // 4))  # with those around it as many as elsewhere
     above = grid[:, :0]  # the rows before the band, as they were
     for top in range(0, height, rows):
         bottom = min(top + rows, height)

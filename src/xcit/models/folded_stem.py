@@ -57,25 +57,22 @@ def embed_in_bands(
     if not isinstance(stem, ConvPatchEmbed) or x.shape[2] * x.shape[3] < LARGE:
         return None
     height, width = (-(-side // stem.patch_size) for side in x.shape[2:])
-    num_tokens = x.shape[0] * height * width
-    first = next(layer for layer in stem.proj if isinstance(layer, nn.Conv2d))
-    token_bytes = (stem.patch_size // 2) ** 2 * first.out_channels * x.element_size()  # of the first map
-    band = max(LEAST_ROWS, BAND_BYTES // token_bytes * height // num_tokens)
+    convs = [layer for layer in stem.proj if isinstance(layer, nn.Conv2d)]
+    token_bytes = (stem.patch_size // 2) ** 2 * convs[0].out_channels * x.element_size()  # of the first map
+    row_bytes = token_bytes * x.shape[0] * width
+    band = max(LEAST_ROWS, BAND_BYTES // row_bytes - 1)  # those shared with the neighbours are nearly a row of tokens
     if band >= height:
         return None
     parts = None if position is None else position(height, width)
-    tokens: Tensor | None = None
+    tokens = x.new_empty(x.shape[0], height, width, convs[-1].out_channels)
     for top in range(0, height, band):
         bottom = min(height, top + band)
         made = _band(stem, x, top, bottom).permute(0, 2, 3, 1)
-        if tokens is None:
-            tokens = made.new_empty(x.shape[0], height, width, made.shape[3])
         if parts is None:
             tokens[:, top:bottom] = made
         else:
             down, across = parts
             torch.add(made, down[top:bottom].unsqueeze(1) + across, out=tokens[:, top:bottom])
-    assert tokens is not None
     return tokens.flatten(1, 2)
 
 

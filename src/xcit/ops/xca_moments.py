@@ -36,18 +36,22 @@ class ChannelMap(NamedTuple):
     bias: Float[Tensor, "batch channels"]
 
 
-def moments_of(x: Float[Tensor, "batch tokens channels"], dtype: torch.dtype = torch.float64) -> Moments:
+def moments_of(
+    x: Float[Tensor, "batch tokens channels"], dtype: torch.dtype = torch.float64, *, overwrite: bool = False
+) -> Moments:
     """Return the moments of tokens.
 
     Args:
         x: layer-normed tokens. Their products are made in float32 at least.
         dtype: in which the moments come; float64 where many are to be merged.
+        overwrite: x may be lost: no second tensor of its size is made for it, if it is of float32 or wider.
 
     Cost: 3/4 N C^2 multiply-adds.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.mean(dim=1, dtype=wide)
-    centered = x - mean.unsqueeze(1)  # in the wide type
+    mean_of_each = mean.unsqueeze(1)
+    centered = x.sub_(mean_of_each) if overwrite and x.dtype == wide else x - mean_of_each  # in the wide type
     return Moments(x.shape[1], mean.to(dtype), _gram(centered).to(dtype))
 
 
