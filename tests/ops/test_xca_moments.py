@@ -53,6 +53,17 @@ def test_moments_of_parts_merge_to_those_of_the_whole(lengths: list[int]) -> Non
     torch.testing.assert_close(second, centered.transpose(1, 2) @ centered, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tokens_are_overwritten_if_they_may_be_and_need_not_be_widened(dtype: torch.dtype) -> None:
+    x = (torch.randn(2, 60, 12) + 3).to(dtype)
+    kept, lost = x.clone(), x.clone()
+    expected, found = moments_of(kept), moments_of(lost, overwrite=True)
+    assert torch.equal(kept, x)
+    assert torch.equal(lost, x) == (dtype == torch.bfloat16)
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.second, expected.second)
+
+
 @pytest.mark.parametrize("small_terms", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("tokens", "offset"), [(64, 0.0), (196, 10.0), (784, 3.0), (784, 100.0)])
 def test_the_map_is_as_accurate_as_the_definition(tokens: int, offset: float, small_terms: torch.dtype) -> None:
