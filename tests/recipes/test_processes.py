@@ -122,6 +122,47 @@ def test_two_processes_agree_with_one_that_averages_the_halves(tmp_path):
     assert round(50 * row["val_accuracy"], 6) == round(50 * row["val_accuracy"])
 
 
+LATE = """
+import os, sys, time, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from xcit.recipes import classification_job, train as training
+from xcit.recipes.config_file import read_config
+from xcit.recipes.run_folder import RunFolder
+classification_job.write_report = lambda *_: None
+folder = Path(sys.argv[1])
+ready = folder / "ready.txt"
+if os.environ["RANK"] == "1":
+    while not ready.exists():
+        time.sleep(0.05)
+    time.sleep(1)
+build = training.build_trainer
+def building(*arguments):
+    ready.touch()
+    return build(*arguments)
+training.build_trainer = building
+training.train(read_config(folder / "config.yaml"), RunFolder(folder))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_process_that_comes_late_finds_what_the_run_begins_with(tmp_path):
+    """Its settings and weights are files of the run that it replaces: they go once all processes have read them."""
+    from xcit.recipes.launch import launch
+    from xcit.recipes.run_folder import new_run
+    from xcit.recipes.train import train
+
+    run = new_run(tmp_path / "run")
+    once = replace(CONFIG, epochs=1)
+    with runs.one_thread():
+        train(replace(once, compute=replace(once.compute, devices=1)), run)
+    write_config(replace(once, model=replace(once.model, pretrained=str(run.model))), run.config)
+    assert run.report.exists()
+    assert launch(["-c", LATE, str(run.root)], 2) == 0
+    assert not run.report.exists()  # the former run's: the new one wrote none
+    assert run.metrics.exists()
+
+
 CENTRES = """
 import os, sys, torch
 from pathlib import Path

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from PIL import Image
 from rich.console import Console
@@ -118,14 +119,6 @@ def _train(config: RunConfig, run: RunFolder, console: Console | None) -> Any:
         )
     state = run.last if run.resume and run.last.exists() else None
     found = check_state(run, asdict(config)) if state else None  # before anything of the run is replaced
-    if share.rank == 0:
-        run.clear()
-        write_config(config, run.config)
-        note_session(run, config, device)
-        facts = (*job.introduction(), ("device", describe_device(device)), ("folder", str(run.root)))
-        for name, text in facts:
-            console.print(f"  [dim]{name:<8}[/dim]{escape(text)}", highlight=False, soft_wrap=True)
-
     stop = StopRequest()
     keeper = RunKeeper(
         run,
@@ -139,19 +132,17 @@ def _train(config: RunConfig, run: RunFolder, console: Console | None) -> Any:
     if found:
         keeper.load_state_dict(found)
         keeper.saved_step = found["saved_step"]
-        done = f"{len(keeper.history)} of {config.epochs} epochs"
-        console.print(f"  [dim]going on  after {done}[/dim]", highlight=False)
     if len(keeper.history) < config.epochs and not keeper.exhausted:
         with ExitStack() as stack:
             stack.enter_context(quiet_lightning())
             stack.enter_context(stop.listening())
+            trainer = build_trainer(config, run, job, keeper, device, console)
             try:
-                trainer = build_trainer(config, run, job, keeper, device, console)
-            except XCiTError:
-                if share.rank == 0 and not run.resume:
-                    run.clear()  # nothing was begun that another start would have to overwrite
-                raise
-            try:
+                # The processes meet. From here on each of them has read its settings and its initial weights, which
+                # may be files of the very run that is replaced.
+                trainer.strategy.setup_environment()
+                if share.rank == 0:
+                    trainer.loggers = _begin(config, run, job, device, keeper, console)
                 trainer.fit(job.task, job.train_loader, job.val_loader, ckpt_path=state, weights_only=True)
             except DivergedError as err:
                 raise DivergedError(f"{err} {_last_good(run, keeper)}") from None
@@ -163,9 +154,31 @@ def _train(config: RunConfig, run: RunFolder, console: Console | None) -> Any:
                 if share.world_size > 1 and PEER_LOST.search(str(err)):
                     raise BackendError(f"Another process of the run ended. {_last_good(run, keeper)}") from None
                 raise
+    elif share.rank == 0:
+        _begin(config, run, job, device, keeper, console)
     if share.rank:
         return None
     return job.conclude(run, keeper, device)
+
+
+def _begin(
+    config: RunConfig, run: RunFolder, job: Job, device: torch.device, keeper: RunKeeper, console: Console
+) -> list[Logger]:
+    """Make the folder this run's, say what it is about, and return those who are to hear of it."""
+    run.clear()
+    write_config(config, run.config)
+    note_session(run, config, device)
+    for name, text in (*job.introduction(), ("device", describe_device(device)), ("folder", str(run.root))):
+        console.print(f"  [dim]{name:<8}[/dim]{escape(text)}", highlight=False, soft_wrap=True)
+    if keeper.saved_step:
+        done = f"{len(keeper.history)} of {config.epochs} epochs"
+        console.print(f"  [dim]going on  after {done}[/dim]", highlight=False)
+    try:
+        return build_loggers(config.log, run.loggers)
+    except XCiTError:
+        if not run.resume:
+            run.clear()  # nothing was begun that another start would have to overwrite
+        raise
 
 
 def _last_good(run: RunFolder, keeper: RunKeeper) -> str:
@@ -226,7 +239,7 @@ def build_trainer(
         gradient_clip_val=job.clip_grad or None,
         plugins=[AtomicCheckpointIO()],
         callbacks=[TrainingProgress(console, job.train_loader), keeper],
-        logger=build_loggers(config.log, run.loggers) or False,
+        logger=False,  # they come when the run's folder is its own
         log_every_n_steps=1,
         default_root_dir=run.root,
         enable_checkpointing=False,
