@@ -22,6 +22,11 @@ BANDS = [1, 2, 6, 13, 4096]
 """Tokens; of less than a row of patches the band is one row."""
 
 
+def in_bands(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    for name in ("BAND_TOKENS", "PART_TOKENS", "LPI_TOKENS"):
+        monkeypatch.setattr(folded_inplace, name, tokens)
+
+
 @pytest.fixture
 def block(randomize) -> FoldedBlock:
     return FoldedBlock(randomize(XCiT(**TINY)).double().eval().blocks[0], "covariance", torch.float64)
@@ -32,13 +37,21 @@ def block(randomize) -> FoldedBlock:
 def test_bands_of_every_height_give_the_same(
     grid: tuple[int, int], band: int, block: FoldedBlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", band)
+    in_bands(monkeypatch, band)
     monkeypatch.setattr(folded_inplace, "MLP_TOKENS", max(1, band // 2))
     x = torch.randn(3, grid[0] * grid[1], 32, dtype=torch.float64)
     expected = block(x, *grid)
     found = block(x, *grid, overwrite=True)
     assert found.data_ptr() == x.data_ptr()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", [1, 5, 12])
+def test_kept_tokens_are_centred_part_by_part(part: int, block: FoldedBlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded_inplace, "PART_TOKENS", part)
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    expected = block(x, 3, 4)
+    torch.testing.assert_close(block(x, 3, 4, overwrite=True), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["tokens", "covariance", "auto"])
@@ -102,7 +115,7 @@ def test_autocast_is_left_to_the_plain_path(randomize) -> None:
 
 @pytest.mark.parametrize("patch_size", [8, 16])
 def test_a_pyramids_levels_are_of_their_layers(patch_size: int, randomize, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", 9)
+    in_bands(monkeypatch, 9)
     model = XCiT(**TINY | {"patch_size": patch_size, "depth": 5})
     pyramid = randomize(XCiTPyramid(model, taps=(0, 1, 2, 3))).double().eval()
     folded = fold(pyramid).model
@@ -121,7 +134,7 @@ def test_class_attention_in_bands_of_every_size(
     block, plain = FoldedClassBlock(model.cls_attn_blocks[0]), model.cls_attn_blocks[0]
     cls, x = torch.randn(3, 1, 32, dtype=torch.float64), torch.randn(3, 13, 32, dtype=torch.float64)
     expected = plain(torch.cat((cls, 5 * x), dim=1)).split((1, 13), dim=1)
-    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", band)
+    in_bands(monkeypatch, band)
     given = 5 * x  # scores far apart
     alone = block.class_token(cls, given)
     assert torch.equal(given, 5 * x)
@@ -134,8 +147,8 @@ def test_class_attention_in_bands_of_every_size(
 
 @pytest.mark.parametrize("options", [{}, {"tokens_norm": False}, {"variant": "avg_pool"}], ids=str)
 def test_a_whole_model_takes_little_more_than_its_tokens(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folded_inplace, "BAND_TOKENS", 512)
-    monkeypatch.setattr(folded_stem, "BAND_BYTES", 2**20)
+    in_bands(monkeypatch, 512)
+    monkeypatch.setattr(folded_stem, "TILE_BYTES", 2**20)
     folded = fold(XCiT(**TINY | {"embed_dim": 128} | options).eval()).model
     x = torch.randn(1, 3, 1024, 1536)
     tokens_mib = 128 * 192 * 128 * 4 / 2**20

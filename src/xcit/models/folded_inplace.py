@@ -24,14 +24,18 @@ from torch import Tensor, nn
 
 from xcit.ops.class_tokens import merge_softmax, softmax_of
 from xcit.ops.xca import XCAWeights, take_form, xca_tokens
-from xcit.ops.xca_moments import channel_map, merge_moments, moments_of
+from xcit.ops.xca_moments import Moments, channel_map, merge_moments, moments_of
 
 if TYPE_CHECKING:
     from xcit.models.folded_layers import FoldedBlock, FoldedClassBlock, FoldedLPI
     from xcit.models.folded_xca import FoldedXCA
 
 BAND_TOKENS = 4096
-"""Of a band: so many that LPI's halo costs little."""
+"""Of images that are taken together, and of one whose normed tokens XCA keeps from its first pass to its second."""
+PART_TOKENS = 1024
+"""Normed at once by XCA and by class attention."""
+LPI_TOKENS = 2048
+"""Of a band of LPI with the rows around it: so many that those cost little. At least half of ``BAND_TOKENS``."""
 MLP_TOKENS = 1024
 """Taken at once by the feed-forward network: enough for matrix products at their full speed."""
 HALO = 2
@@ -85,12 +89,12 @@ def attend_in_place(block: FoldedClassBlock, cls: Tensor, x: Tensor, *, overwrit
 
 def overwrite_patches(block: FoldedClassBlock, x: Tensor) -> None:
     """Put patch tokens (B, N, C) after a layer of class attention in their place."""
-    for tokens in x.view(-1, x.shape[2]).split(BAND_TOKENS):
+    for tokens in x.view(-1, x.shape[2]).split(PART_TOKENS):
         block.overwrite(tokens, block.norm1(tokens))
 
 
 def _attend_class(block: FoldedClassBlock, cls: Tensor, x: Tensor, overwrite: bool) -> Tensor:
-    if x.shape[1] <= BAND_TOKENS:
+    if x.shape[1] <= PART_TOKENS:
         normed = block.norm1(x)
         after = block.class_token_of_normed(cls, normed)
         if overwrite:
@@ -99,7 +103,7 @@ def _attend_class(block: FoldedClassBlock, cls: Tensor, x: Tensor, overwrite: bo
     own = block.norm1(cls)
     direction = block.attn.direction(own)
     found = softmax_of(direction, own)
-    for band in x.split(BAND_TOKENS, dim=1):
+    for band in x.split(PART_TOKENS, dim=1):
         normed = block.norm1(band)
         found = merge_softmax(found, softmax_of(direction, normed))
         if overwrite:
@@ -128,32 +132,39 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
     if take_form(x, weights, attn.form) == "tokens":
         x.add_(xca_tokens(norm(x), weights))
         return
-    bands = x.split(BAND_TOKENS, dim=1)
-    kept: Tensor | None = None  # from XCA's first pass to its second; of many bands, norms are made anew
-    moments = None
     added = _added(x)
-    for band in bands:
-        normed = _normed(norm, band, added)
-        if len(bands) == 1:
-            kept = normed
-            moments = moments_of(normed, torch.promote_types(x.dtype, torch.float32))
-            continue
-        found = moments_of(normed, overwrite=True)
-        del normed  # not beside the next band's
-        moments = found if moments is None else merge_moments(moments, found)
-    assert moments is not None
-    if added is not None:
-        moments = moments._replace(mean=moments.mean - 1)
-    weight, bias = channel_map(moments, weights, small_terms=attn.small_terms)
-    if added is not None:
-        weight = carry_bias(weight, bias)
-    for band in bands:
-        normed = _normed(norm, band, added) if kept is None else kept
-        # not baddbmm_, which torch's counter of operations does not know
-        torch.baddbmm(band, normed, weight.transpose(1, 2), out=band)
-        del normed
-        if added is None:
-            band.add_(bias.unsqueeze(1))
+    if x.shape[1] <= BAND_TOKENS:
+        kept = _normed(norm, x, added)
+        moments = moments_of(kept, torch.promote_types(x.dtype, torch.float32), at_once=PART_TOKENS)
+        _add_mapped(x, kept, *_map_of_normed(attn, weights, moments, added))
+        return
+    parts = x.split(PART_TOKENS, dim=1)
+    moments = moments_of(_normed(norm, parts[0], added), overwrite=True)
+    for part in parts[1:]:
+        moments = merge_moments(moments, moments_of(_normed(norm, part, added), overwrite=True))
+    weight, bias = _map_of_normed(attn, weights, moments, added)
+    for part in parts:
+        _add_mapped(part, _normed(norm, part, added), weight, bias)
+
+
+def _map_of_normed(
+    attn: FoldedXCA, weights: XCAWeights, moments: Moments, added: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight (B, C, C) and bias (B, C) of XCA as a map of normed tokens, to which their norm adds ``added``.
+
+    Where it adds ones, the weight does the bias' work.
+    """
+    if added is None:
+        return channel_map(moments, weights, small_terms=attn.small_terms)
+    moments = moments._replace(mean=moments.mean - 1)
+    return carry_bias(*channel_map(moments, weights, small_terms=attn.small_terms)), None
+
+
+def _add_mapped(x: Tensor, normed: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    # not baddbmm_, which torch's counter of operations does not know
+    torch.baddbmm(x, normed, weight.transpose(1, 2), out=x)
+    if bias is not None:
+        x.add_(bias.unsqueeze(1))
 
 
 def _added(x: Tensor) -> Tensor | None:
@@ -169,9 +180,9 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
     """Add LPI's output, then the feed-forward network's."""
     grid = x.unflatten(1, (height, width))
     rows = height
-    if x.shape[1] > BAND_TOKENS:  # of one image
-        rows = BAND_TOKENS // width
-        rows = max(1, rows - min(2 * HALO, rows // 4))  # with those around it as many as elsewhere
+    if x.shape[1] > LPI_TOKENS:  # of one image
+        most = max(2 * HALO, LPI_TOKENS // width - 2 * HALO)
+        rows = -(-height // -(-height // most))  # bands as even as can be
     above = grid[:, :0]  # the rows before the band, as they were
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -179,7 +190,7 @@ def _local_and_mlp(block: FoldedBlock, x: Tensor, height: int, width: int) -> No
         if block.local_mp is not None:
             below = grid[:, top : bottom + HALO]
             first = above.shape[1]
-            kept = torch.cat((above, band[:, -HALO:]), dim=1)[:, -HALO:] if bottom < height else None
+            kept = torch.cat((above, band[:, -HALO:]), dim=1)[:, -HALO:].clone() if bottom < height else None
             added = local_output(block.local_mp, torch.cat((above, below), dim=1) if first else below)
             band.add_(added[:, first : first + bottom - top])
             del added  # as large as the band: not beside the hidden layer

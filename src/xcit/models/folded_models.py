@@ -27,7 +27,7 @@ from xcit.models.folded_layers import (
     transposed_conv_with_batch_norm,
     without_affine,
 )
-from xcit.models.folded_stem import embed_in_bands
+from xcit.models.folded_stem import embed_in_tiles
 from xcit.models.folded_xca import FoldedXCA
 from xcit.models.kernel_layers import choose_kernels
 from xcit.models.layers import XCA, ClassAttentionBlock, ConvPatchEmbed, XCABlock
@@ -99,8 +99,8 @@ class FoldedTrunk(InferenceModule):
     def _embed(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Return the tokens, which are nobody else's, and the patch grid."""
         position = self.pos_embeder
-        if self._can_embed_in_bands(x):
-            tokens = embed_in_bands(self.patch_embed, x, None if position is None else position.parts)
+        if self._can_embed_in_tiles(x):
+            tokens = embed_in_tiles(self.patch_embed, x, None if position is None else position.parts)
             if tokens is not None:
                 Hp, Wp = (-(-side // self.patch_size) for side in x.shape[2:])
                 return tokens, Hp, Wp
@@ -110,7 +110,7 @@ class FoldedTrunk(InferenceModule):
         encoding = position(Hp, Wp)
         return (x.add_(encoding) if can_run_in_place(x) else x + encoding), Hp, Wp
 
-    def _can_embed_in_bands(self, x: Tensor) -> bool:
+    def _can_embed_in_tiles(self, x: Tensor) -> bool:
         """Return whether images are ones that the stem takes, and can go through it in bands."""
         return (
             can_run_in_bands(x)

@@ -37,7 +37,11 @@ class ChannelMap(NamedTuple):
 
 
 def moments_of(
-    x: Float[Tensor, "batch tokens channels"], dtype: torch.dtype = torch.float64, *, overwrite: bool = False
+    x: Float[Tensor, "batch tokens channels"],
+    dtype: torch.dtype = torch.float64,
+    *,
+    overwrite: bool = False,
+    at_once: int | None = None,
 ) -> Moments:
     """Return the moments of tokens.
 
@@ -45,14 +49,20 @@ def moments_of(
         x: layer-normed tokens. Their products are made in float32 at least.
         dtype: in which the moments come; float64 where many are to be merged.
         overwrite: x may be lost: no second tensor of its size is made for it, if it is of float32 or wider.
+        at_once: tokens of an image of which that second tensor is at a time; None for all.
 
     Cost: 3/4 N C^2 multiply-adds.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.mean(dim=1, dtype=wide)
     mean_of_each = mean.unsqueeze(1)
-    centered = x.sub_(mean_of_each) if overwrite and x.dtype == wide else x - mean_of_each  # in the wide type
-    return Moments(x.shape[1], mean.to(dtype), _gram(centered).to(dtype))
+    if overwrite and x.dtype == wide:
+        return Moments(x.shape[1], mean.to(dtype), _gram(x.sub_(mean_of_each)).to(dtype))
+    first, *others = (x,) if at_once is None else x.split(at_once, dim=1)
+    second = _gram(first - mean_of_each)  # in the wide type
+    for tokens in others:
+        second = second.add_(_gram(tokens - mean_of_each))
+    return Moments(x.shape[1], mean.to(dtype), second.to(dtype))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -62,8 +72,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """
     count = a.num_tokens + b.num_tokens
     step = b.mean - a.mean
-    between = (a.num_tokens * b.num_tokens / count) * (step.unsqueeze(2) * step.unsqueeze(1))
-    return Moments(count, a.mean + (b.num_tokens / count) * step, a.second + b.second + between)
+    between = a.num_tokens * b.num_tokens / count
+    second = torch.addcmul(a.second + b.second, step.unsqueeze(2), step.unsqueeze(1), value=between)
+    return Moments(count, a.mean + (b.num_tokens / count) * step, second)
 
 
 def channel_map(moments: Moments, weights: XCAWeights, *, small_terms: torch.dtype = torch.float64) -> ChannelMap:
