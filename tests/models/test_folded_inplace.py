@@ -46,14 +46,6 @@ def test_bands_of_every_height_give_the_same(
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("part", [1, 5, 12])
-def test_kept_tokens_are_centred_part_by_part(part: int, block: FoldedBlock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folded_inplace, "PART_TOKENS", part)
-    x = torch.randn(2, 12, 32, dtype=torch.float64)
-    expected = block(x, 3, 4)
-    torch.testing.assert_close(block(x, 3, 4, overwrite=True), expected, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("form", ["tokens", "covariance", "auto"])
 def test_the_form_is_the_one_asked_for(form: Form, block: FoldedBlock) -> None:
     block.attn.form = form

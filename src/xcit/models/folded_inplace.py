@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from xcit.models.folded_xca import FoldedXCA
 
 BAND_TOKENS = 4096
-"""Of images that are taken together, and of one whose normed tokens XCA keeps from its first pass to its second."""
-PART_TOKENS = 1024
-"""Normed at once by XCA and by class attention."""
+"""Of images that are taken together."""
+PART_TOKENS = 2048
+"""Normed at once by XCA and by class attention. XCA norms the tokens of an image of more twice, once for each pass."""
 LPI_TOKENS = 2048
 """Of a band of LPI with the rows around it: so many that those cost little. At least half of ``BAND_TOKENS``."""
 MLP_TOKENS = 1024
@@ -133,10 +133,10 @@ def _attend(attn: FoldedXCA, norm: nn.LayerNorm, x: Tensor) -> None:
         x.add_(xca_tokens(norm(x), weights))
         return
     added = _added(x)
-    if x.shape[1] <= BAND_TOKENS:
-        kept = _normed(norm, x, added)
-        moments = moments_of(kept, torch.promote_types(x.dtype, torch.float32), at_once=PART_TOKENS)
-        _add_mapped(x, kept, *_map_of_normed(attn, weights, moments, added))
+    if x.shape[1] <= PART_TOKENS:
+        normed = _normed(norm, x, added)
+        moments = moments_of(normed, torch.promote_types(x.dtype, torch.float32))
+        _add_mapped(x, normed, *_map_of_normed(attn, weights, moments, added))
         return
     parts = x.split(PART_TOKENS, dim=1)
     moments = moments_of(_normed(norm, parts[0], added), overwrite=True)

@@ -37,11 +37,7 @@ class ChannelMap(NamedTuple):
 
 
 def moments_of(
-    x: Float[Tensor, "batch tokens channels"],
-    dtype: torch.dtype = torch.float64,
-    *,
-    overwrite: bool = False,
-    at_once: int | None = None,
+    x: Float[Tensor, "batch tokens channels"], dtype: torch.dtype = torch.float64, *, overwrite: bool = False
 ) -> Moments:
     """Return the moments of tokens.
 
@@ -49,20 +45,14 @@ def moments_of(
         x: layer-normed tokens. Their products are made in float32 at least.
         dtype: in which the moments come; float64 where many are to be merged.
         overwrite: x may be lost: no second tensor of its size is made for it, if it is of float32 or wider.
-        at_once: tokens of an image of which that second tensor is at a time; None for all.
 
     Cost: 3/4 N C^2 multiply-adds.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     mean = x.mean(dim=1, dtype=wide)
     mean_of_each = mean.unsqueeze(1)
-    if overwrite and x.dtype == wide:
-        return Moments(x.shape[1], mean.to(dtype), _gram(x.sub_(mean_of_each)).to(dtype))
-    first, *others = (x,) if at_once is None else x.split(at_once, dim=1)
-    second = _gram(first - mean_of_each)  # in the wide type
-    for tokens in others:
-        second = second.add_(_gram(tokens - mean_of_each))
-    return Moments(x.shape[1], mean.to(dtype), second.to(dtype))
+    centered = x.sub_(mean_of_each) if overwrite and x.dtype == wide else x - mean_of_each  # in the wide type
+    return Moments(x.shape[1], mean.to(dtype), _gram(centered).to(dtype))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
