@@ -193,7 +193,14 @@ def test_a_stopped_command_is_gone_on_with(tmp_path):
     plan = json.loads(subprocess.run(dry, capture_output=True, text=True, env=environment, check=True).stdout)
     # a process may hold some MiB less than the one that was asked; with more, the tokens would fit into memory
     command_line += ["-o", str(out), "--memory", f"{(plan['least'] >> 20) + 2}MiB"]
-    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command_line,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # heard in background jobs too
+    )
     for _ in range(1200):
         if list(out.parent.glob(".*tokens/done.npz")) or process.poll() is not None:
             break
