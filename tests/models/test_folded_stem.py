@@ -27,8 +27,8 @@ def test_tiles_of_every_size_give_the_same(
     with torch.no_grad():
         expected = model._embed(x)[0]
         monkeypatch.setattr(folded_stem, "LARGE", 0)
-        # of two images, whose first map has 8 channels for patches of 8 and 4 for those of 16
-        monkeypatch.setattr(folded_stem, "TILE_BYTES", tokens * 2 * (patch_size // 2) ** 2 * 64 // patch_size * 8)
+        # the first map has 8 channels for patches of 8 and 4 for those of 16
+        monkeypatch.setattr(folded_stem, "TILE_BYTES", tokens * (patch_size // 2) ** 2 * 64 // patch_size * 8)
         found, Hp, Wp = folded._embed(x)
     assert (Hp, Wp) == tuple(-(-side // patch_size) for side in size)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

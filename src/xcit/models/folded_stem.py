@@ -5,6 +5,7 @@ Legend: B batch, p patch size, (Hp, Wp) patch grid, C embed_dim.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,20 +61,21 @@ def embed_in_tiles(
     height, width = (-(-side // stem.patch_size) for side in x.shape[2:])
     convs = [layer for layer in stem.proj if isinstance(layer, nn.Conv2d)]
     token_bytes = (stem.patch_size // 2) ** 2 * convs[0].out_channels * x.element_size()  # of the first map
-    tall, wide = tile_of(height, width, TILE_BYTES // (token_bytes * x.shape[0]))
+    tall, wide = tile_of(height, width, TILE_BYTES // token_bytes)
     if (tall, wide) == (height, width):
         return None
     parts = None if position is None else position(height, width)
     tokens = x.new_empty(x.shape[0], height, width, convs[-1].out_channels)
-    for top in range(0, height, tall):
-        for left in range(0, width, wide):
-            rows, columns = (top, min(height, top + tall)), (left, min(width, left + wide))
-            made, into = _tile(stem, x, rows, columns).permute(0, 2, 3, 1), tokens[:, slice(*rows), slice(*columns)]
-            if parts is None:
-                into.copy_(made)
-            else:
-                down, across = parts
-                torch.add(made, down[slice(*rows)].unsqueeze(1) + across[slice(*columns)], out=into)
+    corners = [(top, left) for top in range(0, height, tall) for left in range(0, width, wide)]
+    for image, (top, left) in itertools.product(range(x.shape[0]), corners):  # a tile is of one image
+        rows, columns = (top, min(height, top + tall)), (left, min(width, left + wide))
+        made = _tile(stem, x[image : image + 1], rows, columns)[0].permute(1, 2, 0)
+        into = tokens[image, slice(*rows), slice(*columns)]
+        if parts is None:
+            into.copy_(made)
+        else:
+            down, across = parts
+            torch.add(made, down[slice(*rows)].unsqueeze(1) + across[slice(*columns)], out=into)
     return tokens.flatten(1, 2)
 
 
